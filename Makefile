@@ -1,0 +1,42 @@
+# One command for each habit. Every target sets the environment up first, once, and again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_PARALLEL ?= -n 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.tdlrt-installed
+
+.PHONY: help setup train test lint format types clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@echo "make TARGET [ARGS=\"...\"]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s%s\n", $$1, $$2 }'
+
+$(STAMP): pyproject.toml scripts/setup
+	PYTHON="$(PYTHON)" scripts/setup "$(VENV)"
+	@touch $@
+
+setup: $(STAMP) ## create .venv and install the project with its development tools
+
+train: $(STAMP) ## train a network; ARGS="--epochs 3" passes options, ARGS=--help lists them
+	$(BIN)/python -m experiments.train $(ARGS)
+
+test: $(STAMP) ## run the tests; ARGS="-k data" passes options to pytest
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## check the types
+	$(BIN)/mypy
+
+clean: ## remove caches and build outputs; the environment and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache .coverage *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +

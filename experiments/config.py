@@ -1,0 +1,196 @@
+"""The options of the main job, checked before anything slow is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TdlrtConfig", "TrainConfig"]
+
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+
+
+def _at_least(section: Any, name: str, low: float, *, strict: bool = False, high: float = math.inf) -> None:
+    value = getattr(section, name)
+    if value is None:
+        return
+    if not (value > low if strict else value >= low) or not value <= high:
+        bound = f"above {low:g}" if strict else f"at least {low:g}"
+        top = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number {bound}{top}")
+
+
+def _is_one_of(section: Any) -> None:
+    """Checks every field that is annotated with a ``Literal`` (the command line does so too; this is for other callers)."""
+    for name, annotation in typing.get_type_hints(type(section)).items():
+        if typing.get_origin(annotation) is Literal:
+            value, choices = getattr(section, name), typing.get_args(annotation)
+            if value not in choices:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected one of {', '.join(map(str, choices))}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data: what is learned."""
+
+    dataset: DatasetName = "digits"
+    """Digits come with scikit-learn; the others are read from a directory of tfds data sets."""
+    data_dir: Path | None = None
+    """Directory of prepared tfds data sets. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    cache_dir: Path | None = None
+    """Directory for decoded data sets and compiled programs. Default: $XDG_CACHE_HOME/tdlrt_jax, else ~/.cache/tdlrt_jax."""
+    augment: Literal["auto", "on", "off"] = "auto"
+    """Random crops (4 pixels) and left-right flips of training images. auto: for cifar10 and cifar100."""
+    validation: float = 0.0
+    """Fraction of the training images set apart for validation."""
+    limit: int | None = None
+    """Use only so many training and so many test images, for a quick look."""
+
+    def __post_init__(self) -> None:
+        _is_one_of(self)
+        _at_least(self, "validation", 0.0, high=0.9)
+        _at_least(self, "limit", 1)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether training images are augmented."""
+        return self.augment == "on" or (self.augment == "auto" and self.dataset.startswith("cifar"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model: what learns."""
+
+    model: Literal["lenet5"] = "lenet5"
+    """The network."""
+    method: Literal["tdlrt", "dense"] = "tdlrt"
+    """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
+    linear: bool = True
+    """Whether the linear layers are in Tucker format too (as low-rank matrices); the paper's table compresses convolutions only."""
+    rank: float = 1.0
+    """Initial rank: up to 1 a fraction of each mode's size, above 1 a count (and at most the mode's size)."""
+
+    def __post_init__(self) -> None:
+        _is_one_of(self)
+        _at_least(self, "rank", 0.0, strict=True)
+        if self.rank > 1 and self.rank != int(self.rank):
+            raise ValueError(f"--rank {self.rank}: expected a fraction up to 1 or a whole number")
+
+
+@dataclass(frozen=True)
+class TdlrtConfig:
+    """TDLRT: how ranks are chosen. Without effect for --method dense."""
+
+    tau: float = 0.1
+    """Relative tolerance of the truncation (line 11 of Algorithm 1): larger compresses more."""
+    integrator: Literal["bug", "parallel", "fixed_rank"] = "bug"
+    """bug: Algorithm 1. parallel: one gradient a step. fixed_rank: Algorithm 1 without adapting the ranks."""
+    criterion: Literal["tail", "each"] = "tail"
+    """What is cut. tail: the largest tail under the tolerance (the paper). each: singular values under it, one by one."""
+    convention: Literal["shared", "per_mode", "absolute"] = "shared"
+    """What tau means: shared among the modes (the paper), for each mode alone, or not relative to the kernel's norm."""
+    spare: int | None = None
+    """Directions kept beyond what tau asks for. Default: 0, and 1 for --integrator parallel."""
+    adapt_every: int = 1
+    """Bases and ranks move every so many steps, only the cores in between."""
+    warmup: int = 0
+    """For so many steps ranks may rise but not fall."""
+    min_rank: int = 1
+    """No rank falls below (a mode of smaller size keeps all of it)."""
+    max_rank: int | None = None
+    """No rank rises above."""
+    resize: bool = True
+    """Whether arrays follow the ranks at the ends of epochs, which saves time and memory at the price of a compilation."""
+
+    def __post_init__(self) -> None:
+        _is_one_of(self)
+        _at_least(self, "tau", 0.0)
+        if self.convention != "absolute" and not self.tau < 1:
+            raise ValueError(f"--tau {self.tau}: expected a relative tolerance in [0, 1)")
+        for name, low in (
+            ("spare", 0),
+            ("adapt_every", 1),
+            ("warmup", 0),
+            ("min_rank", 1),
+            ("max_rank", self.min_rank),
+        ):
+            _at_least(self, name, low)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: the descent step."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The descent step of dense training, and of lines 4 and 9 of Algorithm 1."""
+    learning_rate: float = 0.05
+    """Step size at the start."""
+    momentum: float = 0.9
+    """Of sgd, and the first moment's decay of adam and adamw."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, else added to the gradient; for Tucker kernels it acts through the core."""
+    clip: float | None = None
+    """Largest global norm of the gradient."""
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """plateau: a tenth whenever the training loss stops falling (the paper). cosine: down to zero over all epochs."""
+    patience: int = 5
+    """Epochs without a better training loss before plateau lowers the learning rate."""
+    batch_size: int = 128
+    """Images a step. What the last whole batch of an epoch leaves over is not used in that epoch."""
+    epochs: int = 20
+    """Passes over the training images."""
+
+    def __post_init__(self) -> None:
+        _is_one_of(self)
+        for name in ("learning_rate", "clip"):
+            _at_least(self, name, 0.0, strict=True)
+        _at_least(self, "momentum", 0.0)
+        if self.momentum >= 1:
+            raise ValueError(f"--momentum {self.momentum}: expected a number in [0, 1)")
+        _at_least(self, "weight_decay", 0.0)
+        for name in ("patience", "batch_size", "epochs"):
+            _at_least(self, name, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run: where results go."""
+
+    seed: int = 0
+    """Of initial weights, order of images, augmentation and dropout."""
+    run_dir: Path | None = None
+    """Directory of this run. Default: a new one in runs/, named by data set, model, method and time."""
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "seed", 0, high=2**32 - 1)
+        if self.resume and self.run_dir is None:
+            raise ValueError("--resume: name the run to continue with --run-dir")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a convolutional network, densely or in Tucker format with adaptive ranks (TDLRT)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tdlrt: TdlrtConfig = field(default_factory=TdlrtConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        """All options, flat, by name; what a run directory stores."""
+        flat: dict[str, Any] = {}
+        for section in dataclasses.fields(self):
+            for option, value in dataclasses.asdict(getattr(self, section.name)).items():
+                flat[option] = str(value) if isinstance(value, Path) else value
+        return flat
+
+
+# Options that say where things are, not what is computed: they may differ when a run is continued.
+LOCATIONS = ("data_dir", "cache_dir", "run_dir", "resume")

@@ -1,0 +1,246 @@
+"""Checkpoints of networks whose kernels change their shapes: arrays by path, true ranks beside them.
+
+A checkpoint is one directory of orbax, ``DIRECTORY/STEP``, written under a temporary name and renamed when it is complete. Arrays are
+stored by their path in the tree, so they are found again whatever containers the tree is made of, and at the shapes they had; the
+ranks in use, a checksum of every array and the caller's own metadata are JSON beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tdlrt_jax.optimizer import TdlrtState
+from tdlrt_jax.paths import path_name
+from tdlrt_jax.tucker import active_rank, is_tucker
+
+__all__ = ["all_steps", "ranks", "restore", "save"]
+
+PathLike = str | os.PathLike[str]
+_FORMAT = 1
+
+
+def save(
+    directory: PathLike, step: int, tree: Any, metadata: Mapping[str, Any] | None = None, *, keep: int | None = None
+) -> Path:
+    """Saves a pytree (parameters, optimizer state, model state, alone or together) as one checkpoint.
+
+    Args:
+      directory: of all checkpoints of a run; made if need be.
+      step: number of the checkpoint, 0 or more; restored without a step, the highest one is taken.
+      tree: arrays, scalars and PRNG keys in any containers, Tucker kernels among them.
+      metadata: whatever JSON can hold; :func:`restore` returns it.
+      keep: delete the oldest checkpoints beyond so many; default all are kept.
+
+    Returns:
+      The checkpoint's directory. It exists only once it is complete: an interrupted save leaves the earlier checkpoints as the last.
+
+    Raises:
+      ValueError: for a step that exists already or is negative, or two leaves with one path.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, tdlrt_jax
+      >>> from tdlrt_jax import checkpoint
+      >>> params = {"kernel": tdlrt_jax.hosvd(jnp.ones((4, 3)), rank=1), "bias": jnp.zeros(3)}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = checkpoint.save(directory, 7, params, {"epoch": 1})
+      ...     restored, metadata = checkpoint.restore(directory, params)
+      ...     path.name, metadata, checkpoint.ranks(directory)
+      ('7', {'epoch': 1}, {'kernel': [1, 1]})
+    """
+    if step < 0:
+        raise ValueError(f"step={step} must be 0 or more")
+    arrays = {name: _to_host(leaf) for name, leaf in _leaves(tree).items()}
+    description = {
+        "format": _FORMAT,
+        "ranks": _ranks(tree),
+        "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        "metadata": dict(metadata or {}),
+    }
+    with _manager(directory, keep) as manager:
+        if step in manager.all_steps():
+            raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
+        composite = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
+        manager.save(step, args=composite, force=True)
+    return Path(directory).absolute() / str(step)
+
+
+def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Restores a checkpoint into the structure of ``like``, matching leaves by path.
+
+    Arrays of Tucker kernels (and of optimizer moments, which are stored like them) come back at the *stored* capacity, whatever
+    capacity ``like`` has; :func:`tdlrt_jax.resize` brings them to another one. All other shapes, and all dtypes, must be those of
+    ``like``.
+
+    Args:
+      directory: as given to :func:`save`.
+      like: a pytree such as a freshly built model's parameters, or ``jax.eval_shape`` of what builds it.
+      step: which checkpoint; default the last.
+
+    Returns:
+      The pytree, each leaf on the device(s) of its counterpart in ``like``, and the metadata given to :func:`save`.
+
+    Raises:
+      FileNotFoundError: if there is no such checkpoint.
+      ValueError: for a leaf that is missing, left over, of another shape or dtype, or damaged; the message names it.
+    """
+    step = _existing_step(directory, step)
+    where = f"checkpoint {step} in {directory}"
+    wanted = _leaves(like)
+    with _manager(directory) as manager:
+        try:
+            stored = dict(manager.item_metadata(step)["arrays"])
+            description = _description(manager, step)
+        except Exception as error:
+            raise _damaged(directory, step, f"{type(error).__name__}: {str(error)[:300]}") from error
+        _check_names(where, set(wanted), set(stored))
+        free = _free_axes(like)
+        for name, leaf in wanted.items():
+            _check_leaf(where, name, leaf, stored[name], free.get(name, ()))
+        # As NumPy arrays: a checkpoint written on one kind of device is read on any other.
+        target = {name: np.broadcast_to(np.zeros((), item.dtype), item.shape) for name, item in stored.items()}
+        try:
+            arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
+        except Exception as error:
+            raise _damaged(directory, step, f"{type(error).__name__}: {str(error)[:300]}") from error
+    for name, checksum in description["checksums"].items():
+        if _checksum(np.asarray(arrays[name])) != checksum:
+            raise _damaged(directory, step, f"leaf {name!r} is not what was saved")
+    leaves = [_to_device(np.asarray(arrays[name]), leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), description["metadata"]
+
+
+def ranks(directory: PathLike, step: int | None = None) -> dict[str, list[int]]:
+    """The ranks in use of every Tucker kernel in a checkpoint, by path, without reading arrays."""
+    step = _existing_step(directory, step)
+    with _manager(directory) as manager:
+        return _description(manager, step)["ranks"]
+
+
+def all_steps(directory: PathLike) -> list[int]:
+    """The steps that have a complete checkpoint, ascending; empty if there is no such directory."""
+    if not Path(directory).is_dir():
+        return []
+    with _manager(directory) as manager:
+        return sorted(manager.all_steps())
+
+
+def _manager(directory: PathLike, keep: int | None = None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=keep is not None
+    )
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
+
+
+def _description(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    description = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))["description"]
+    if description.get("format") != _FORMAT:
+        raise ValueError(f"format {description.get('format')} was written by another version; expected {_FORMAT}")
+    return description
+
+
+def _existing_step(directory: PathLike, step: int | None) -> int:
+    steps = all_steps(directory)
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {directory}")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: there are {steps}")
+    return steps[-1] if step is None else step
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """All leaves by their path, in the order of the tree."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in named:
+            raise ValueError(f"two leaves have the path {name!r}: rename one of the containers' keys")
+        named[name] = leaf
+    return named
+
+
+def _free_axes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """For every array of a Tucker kernel, by path, the axes whose length is a capacity."""
+    free: dict[str, tuple[int, ...]] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tucker):
+        if is_tucker(node):
+            order = len(node.factors)
+            stacked = node.core.ndim - order
+            modes = tuple(stacked + mode for mode, factor in enumerate(node.factors) if factor is not None)
+            for inner, leaf in jax.tree_util.tree_leaves_with_path(node):
+                free[path_name((*path, *inner))] = modes if leaf is node.core else (leaf.ndim - 1,)
+    return free
+
+
+def _ranks(tree: Any) -> dict[str, list[int]]:
+    """Ranks of the kernels; moments inside an optimizer state have the form of kernels, but no rank of their own."""
+
+    def is_leaf(node: Any) -> bool:
+        return is_tucker(node) or isinstance(node, TdlrtState)
+
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_name(path): np.asarray(active_rank(node)).tolist() for path, node in nodes if is_tucker(node)}
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: Any) -> Any:
+    """Shape and dtype under which a leaf is stored: PRNG keys as their raw data."""
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else jax.eval_shape(jnp.asarray, leaf)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf))
+
+
+def _to_device(array: np.ndarray, like: Any) -> Any:
+    if _is_key(like):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+    sharding = getattr(like, "sharding", None)
+    # Another capacity may not divide evenly among devices; then the default device holds it and the caller places it.
+    return jax.device_put(array, sharding if sharding is not None and like.shape == array.shape else None)
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(array.tobytes())
+
+
+def _check_names(where: str, wanted: set[str], stored: set[str]) -> None:
+    for names, text in (
+        (wanted - stored, "has no leaf for"),
+        (stored - wanted, "has leaves without a place in the given tree:"),
+    ):
+        if names:
+            listed = ", ".join(repr(name) for name in sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{where} {text} {listed}: was it saved from another model or optimizer?")
+
+
+def _check_leaf(where: str, name: str, leaf: Any, stored: Any, free: tuple[int, ...]) -> None:
+    """Raises unless the stored array has the dtype and, on all axes that are not ``free``, the shape that is wanted."""
+    like = _data(leaf)
+    expected, found = tuple(like.shape), tuple(stored.shape)
+    if len(expected) != len(found) or any(
+        a != b for axis, (a, b) in enumerate(zip(expected, found)) if axis not in free
+    ):
+        raise ValueError(
+            f"{where}: leaf {name!r} has shape {found}, the given tree {expected}: was it saved from another model?"
+        )
+    if np.dtype(stored.dtype) != np.dtype(like.dtype):
+        raise ValueError(f"{where}: leaf {name!r} has dtype {stored.dtype}, the given tree {like.dtype}")
+
+
+def _damaged(directory: PathLike, step: int, problem: str) -> ValueError:
+    others = [other for other in all_steps(directory) if other != step]
+    advice = f"Pass step= for another one: {others}" if others else "It is the only one there"
+    return ValueError(f"checkpoint {step} in {directory} is damaged: {problem}. {advice}")

@@ -1,0 +1,15 @@
+"""Convolution by a Tucker kernel: contraction plans, counted work, and the one-pass gradients of Theorem 1."""
+
+from tdlrt_jax.conv.apply import tucker_conv, tucker_linear
+from tdlrt_jax.conv.convolution import conv_general_dilated
+from tdlrt_jax.conv.plans import PLANS, Work, choose_plan, count_work
+
+__all__ = [
+    "PLANS",
+    "Work",
+    "choose_plan",
+    "conv_general_dilated",
+    "count_work",
+    "tucker_conv",
+    "tucker_linear",
+]

@@ -1,0 +1,136 @@
+"""Where a window goes: strides, padding, dilations and groups of a convolution, checked and made explicit."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "resolve"]
+
+PaddingLike = str | int | Sequence[int | Sequence[int]]
+
+_BORDER = {"CIRCULAR": "wrap", "REFLECT": "reflect"}  # padding with the image's own values; the mode of jnp.pad
+_NAMED = ("SAME", "SAME_LOWER", "VALID", "CAUSAL", *_BORDER)
+
+
+class Geometry(NamedTuple):
+    """A convolution without its numbers; hashable. One entry for each spatial dimension."""
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]  # zeros (before, after)
+    dilation: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    groups: int
+
+
+def resolve(
+    window: Sequence[int],
+    image: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    input_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+) -> tuple[Geometry, str | None]:
+    """Makes the arguments of a convolution explicit.
+
+    Args:
+      window: the kernel's spatial shape.
+      image: the input's spatial shape.
+      strides, dilation, input_dilation: one positive integer, or one for each spatial dimension; ``None`` means 1.
+      padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, ``"CAUSAL"`` (one spatial dimension), ``"CIRCULAR"``,
+        ``"REFLECT"``, an integer, or for each spatial dimension an integer or a pair ``(before, after)``.
+      groups: a positive integer.
+
+    Returns:
+      The geometry, and the mode in which its padding is filled by :func:`pad_border`: ``None`` (zeros, by the
+      convolution itself), ``"wrap"`` or ``"reflect"``.
+
+    Raises:
+      ValueError: for a wrong length or sign, an unknown padding, or a named padding with input dilation (other than
+        ``"VALID"``), which has no settled meaning.
+    """
+    spatial = len(window)
+    strides = _per_dimension("strides", strides, spatial)
+    dilation = _per_dimension("dilation", dilation, spatial)
+    input_dilation = _per_dimension("input_dilation", input_dilation, spatial)
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
+    extent = tuple((k - 1) * d + 1 for k, d in zip(window, dilation))
+    border = None
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in _NAMED:
+            raise ValueError(f"padding must be one of {', '.join(_NAMED)}, an integer or pairs, got {padding!r}")
+        if name != "VALID" and any(d != 1 for d in input_dilation):
+            raise ValueError(
+                f"padding={padding!r} is not defined with input_dilation={input_dilation}: give (before, after) pairs"
+            )
+        border = _BORDER.get(name)
+        pads = _named_padding(name, image, extent, strides)
+    else:
+        pads = _explicit_padding(padding, spatial)
+    return Geometry(strides, pads, dilation, input_dilation, groups), border
+
+
+def pad_border(x: Array, geometry: Geometry, border: str | None) -> tuple[Array, Geometry]:
+    """Pads ``x (N, spatial..., channels)`` with its own values where ``border`` says so; the rest is for zeros."""
+    if border is None:
+        return x, geometry
+    widths = [(0, 0), *geometry.padding, (0, 0)]
+    zero = ((0, 0),) * len(geometry.padding)
+    return jnp.pad(x, widths, mode=border), geometry._replace(padding=zero)
+
+
+def output_size(geometry: Geometry, window: Sequence[int], image: Sequence[int]) -> tuple[int, ...]:
+    """The output's spatial shape for a kernel's and an input's."""
+    sizes = []
+    for k, n, stride, pad, d, spread in zip(
+        window, image, geometry.strides, geometry.padding, geometry.dilation, geometry.input_dilation
+    ):
+        padded = (max(n - 1, -1) * spread + 1 if n else 0) + sum(pad)
+        sizes.append(max((padded - (k - 1) * d - 1) // stride + 1, 0))
+    return tuple(sizes)
+
+
+def _per_dimension(name: str, value: int | Sequence[int] | None, spatial: int) -> tuple[int, ...]:
+    if value is None:
+        value = 1
+    try:
+        values = (operator.index(value),) * spatial  # type: ignore[arg-type]
+    except TypeError:
+        values = tuple(value)  # type: ignore[arg-type]
+    if len(values) != spatial or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name} must be a positive integer or {spatial} of them, got {value!r}")
+    return values
+
+
+def _named_padding(
+    name: str, image: Sequence[int], extent: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    if name in _BORDER:
+        return tuple(((k - 1) // 2, k // 2) for k in extent)
+    if name == "CAUSAL":
+        if len(extent) != 1:
+            raise ValueError(f"padding='CAUSAL' needs one spatial dimension, the kernel has {len(extent)}")
+        return ((extent[0] - 1, 0),)
+    return tuple((int(low), int(high)) for low, high in lax.padtype_to_pads(image, extent, strides, name))
+
+
+def _explicit_padding(padding: Any, spatial: int) -> tuple[tuple[int, int], ...]:
+    expected = f"padding must be a name, an integer, or {spatial} integers or (before, after) pairs, got {padding!r}"
+    try:
+        entries = list(padding) if isinstance(padding, Sequence) else [operator.index(padding)] * spatial
+        pairs = [
+            tuple(map(operator.index, e)) if isinstance(e, Sequence) else (operator.index(e),) * 2 for e in entries
+        ]
+    except TypeError as error:
+        raise ValueError(expected) from error
+    if len(pairs) != spatial or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(expected)
+    return tuple((pair[0], pair[1]) for pair in pairs)

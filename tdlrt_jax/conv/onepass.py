@@ -1,0 +1,168 @@
+"""Application of a Tucker kernel by a plan, and all gradients of Theorem 1 in one backward pass.
+
+``M[X]`` is a core-shaped ``X`` multiplied by the factors of the merged modes (:mod:`tdlrt_jax.conv.plans`). Since
+``C = Ten_i(Q_i^T) ×_i S_i`` for every mode, each pass may use whichever ``Q_i`` it needs. With ``*`` the convolution,
+``*^T`` its transpose in the input, ``corr`` its transpose in the kernel, and both channel modes streamed::
+
+    forward    A = Z U_in           B = A * M[Q_out]         Y  = B K_out^T
+    backward   P = dY U_out         E = P *^T M[Q_in]        dZ = E K_in^T
+               dK_out = dY^T B      dK_in = Z^T E            dM = corr(A, P)
+
+and ``dC``, ``dK_i`` of the merged modes by contracting ``dM`` with the ``U_j`` and ``Q_i``. A merged channel mode
+drops its stage and joins the contraction; then ``C`` takes the place of its ``Q_i``. Three convolutions in all, as
+many as an ordinary factorized layer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.conv.convolution import convolve
+from tdlrt_jax.conv.geometry import Geometry
+from tdlrt_jax.frame import Frame
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
+
+__all__ = ["Application", "apply_kernel"]
+
+
+class Application(NamedTuple):
+    """How a kernel is applied; static and hashable."""
+
+    stream_in: bool  # U_in applied to the activations; False where that mode is whole
+    stream_out: bool  # likewise U_out
+    geometry: Geometry
+    precision: Any  # of the products with activations
+    preferred_element_type: Any  # of the result
+
+
+def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Array:
+    """Applies a kernel ``(window..., c, n_out)`` to ``x (N, image..., g c)``, in the dtype of ``x``.
+
+    A full frame differentiates by the custom rule of this module. A TuckerTensor, and a frame of the core alone,
+    differentiate by JAX's own rules, forward mode and higher orders included.
+
+    Returns:
+      ``(N, image'..., n_out)``.
+    """
+    if isinstance(kernel, Frame):
+        if kernel.K is not None:
+            return _one_pass(how, x, kernel)
+        kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+    *_, basis_in, basis_out = kernel.factors
+    a = _reduce(how, x, basis_in)
+    b = _convolve(how, a, _merge(how, kernel.core, kernel.factors))
+    return _expand(how, b, basis_out)
+
+
+# The three stages. Each is bilinear in its two arrays, so jax.linear_transpose gives every line of the backward pass,
+# with strides, padding, dilations and groups always right.
+
+
+def _reduce(how: Application, x: Array, matrix: Array | None) -> Array:
+    """``A = Z U_in`` for each group, laid out as the convolution takes it; no product where the mode is merged."""
+    groups = how.geometry.groups
+    if groups > 1:
+        x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    if how.stream_in and matrix is not None:
+        x = jnp.matmul(x, matrix.astype(x.dtype), precision=how.precision)
+    if groups == 1:
+        return x
+    if how.stream_out:  # the group becomes a batch axis: all groups share the kernel M[X]
+        x = jnp.moveaxis(x, -2, 1)
+        return x.reshape(x.shape[0] * groups, *x.shape[2:])
+    return x.reshape(*x.shape[:-2], groups * x.shape[-1])
+
+
+def _convolve(how: Application, a: Array, kernel: Array) -> Array:
+    """``A * M[X]``."""
+    geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
+    result = None if how.stream_out else how.preferred_element_type
+    return convolve(a, kernel.astype(a.dtype), geometry, precision=how.precision, preferred_element_type=result)
+
+
+def _expand(how: Application, b: Array, matrix: Array | None) -> Array:
+    """``Y = B K_out^T``, each group with its own rows of the matrix; nothing where the mode is merged."""
+    if not how.stream_out or matrix is None:
+        return b
+    groups = how.geometry.groups
+    product = partial(jnp.einsum, precision=how.precision, preferred_element_type=how.preferred_element_type)
+    matrix = matrix.astype(b.dtype)
+    if groups == 1:
+        return product("...r,or->...o", b, matrix)
+    n_out, rank = matrix.shape
+    b = b.reshape(b.shape[0] // groups, groups, *b.shape[1:])
+    y = product("ng...r,gor->n...go", b, matrix.reshape(groups, n_out // groups, rank))
+    return y.reshape(*y.shape[:-2], n_out)
+
+
+def _merge(how: Application, tensor: Array, factors: tuple[Array | None, ...]) -> Array:
+    """``M[X]``, in the dtype of the kernel and at the highest precision."""
+    return multi_mode_product(tensor, _merged_factors(how, factors))
+
+
+def _merged_factors(how: Application, factors: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+    *spatial, basis_in, basis_out = factors
+    return (*spatial, None if how.stream_in else basis_in, None if how.stream_out else basis_out)
+
+
+# The custom rule.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_pass(how: Application, x: Array, frame: Frame) -> Array:
+    return _forward(how, x, frame)[0]
+
+
+def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
+    core, K, U, Q = frame
+    assert K is not None and Q is not None
+    a = _reduce(how, x, U[-2])
+    b = _convolve(how, a, _merge(how, _orthonormal(Q[-1], core, how.stream_out), U))
+    y = _expand(how, b, K[-1])
+    return y, (x, a if how.stream_in else None, b if how.stream_out else None, frame)
+
+
+def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame]:
+    x, a, b, frame = residuals
+    core, K, U, Q = frame
+    how = how._replace(preferred_element_type=None)
+    a = _reduce(how, x, None) if a is None else a
+    p = dy = dy.astype(x.dtype)
+    dK: list[Array | None] = [None] * len(U)
+    if how.stream_out:
+        p = _transpose(lambda b: _expand(how, b, U[-1]), b, dy)
+        dK[-1] = _transpose(lambda k: _expand(how, b, k), K[-1], dy)
+
+    kernel = _merge(how, _orthonormal(Q[-2], core, how.stream_in), U)
+    e = _transpose(lambda a: _convolve(how, a, kernel), a, p)
+    dx = _transpose(lambda z: _reduce(how, z, K[-2]), x, e)
+    if how.stream_in:
+        dK[-2] = _transpose(lambda k: _reduce(how, x, k), K[-2], e)
+
+    dM = _transpose(lambda m: _convolve(how, a, m), kernel, p)
+    merged = _merged_factors(how, U)
+    dcore = multi_mode_product(dM, merged, transpose=True)
+    for mode, factor in enumerate(merged):
+        if factor is not None:
+            rest = multi_mode_product(dM, merged, transpose=True, skip=mode)
+            dK[mode] = jnp.matmul(unfold(rest, mode), unfold(Q[mode], mode).T, precision=HIGHEST).astype(K[mode].dtype)
+    return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None)  # type: ignore[arg-type]
+
+
+_one_pass.defvjp(_forward, _backward)
+
+
+def _orthonormal(q: Array | None, core: Array, streamed: bool) -> Array:
+    """The core-shaped ``X`` of ``M[X]``: ``Q_i`` where mode ``i`` is streamed (``K_i`` completes it), else ``C``."""
+    return core if q is None or not streamed else q
+
+
+def _transpose(stage: Any, like: Array, cotangent: Array) -> Array:
+    """The transpose of a linear ``stage``, which takes an array ``like`` this one, at a cotangent."""
+    (result,) = jax.linear_transpose(stage, like)(cotangent)
+    return result

@@ -1,0 +1,266 @@
+"""Contraction plans for a Tucker kernel, their counted work, and the choice between them.
+
+The spatial modes are always *merged* into the kernel that is convolved (``M[X]``, a core-shaped ``X`` multiplied by
+the factors of the merged modes). The channel modes are either merged too or *streamed*, that is applied to the
+activations as a stage of their own:
+
+    ===========  ===========  ===========  ======================================================
+    plan         in-channels  out-channels
+    ===========  ===========  ===========  ======================================================
+    factored     streamed     streamed     ``((Z U_in) * M[X]) U_out^T``, three stages
+    merge_in     merged       streamed     ``(Z * M[X]) U_out^T``, two stages
+    merge_out    streamed     merged       ``(Z U_in) * M[X]``, two stages
+    dense        merged       merged       ``Z * W``, the kernel rebuilt
+    ===========  ===========  ===========  ======================================================
+
+All give the same numbers. Groups: with streamed out-channels the group is a batch axis of the convolution (its kernel
+is shared by the groups); with merged ones the convolution is grouped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from tdlrt_jax.conv.geometry import Geometry, PaddingLike, output_size, resolve
+
+__all__ = ["PLANS", "Work", "choose_plan", "count_work", "plan_for", "streamed_modes", "work_of"]
+
+PLANS = ("dense", "merge_in", "merge_out", "factored")
+
+
+class Work(NamedTuple):
+    """What one training step of a layer costs under a plan."""
+
+    forward: int  # multiply-adds on activations
+    backward: int  # the same, for the input's and all kernel gradients
+    kernel: int  # multiply-adds to form the kernels that are convolved and to contract their gradient
+    elements: int  # activations read and written by all stages
+    patches: int  # entries of the patches that a convolution makes of its input where it is done as a matrix product
+
+    @property
+    def total(self) -> int:
+        """All multiply-adds."""
+        return self.forward + self.backward + self.kernel
+
+
+class _Balance(NamedTuple):
+    """How a device weighs memory traffic against arithmetic: multiply-adds in the time of one element moved."""
+
+    per_element: float
+    patches: bool  # whether convolutions write their patches to memory
+
+
+# Measured on two CPU cores, jax 0.10: matrix products and convolutions both reach about 50 G multiply-adds/s with many
+# channels; with few (3 to 64 channels, 8x8 to 32x32 pixels) their times follow (multiply-adds + 10 per element moved,
+# patches included) within 1.7x.
+_BALANCE = {"cpu": _Balance(10.0, True)}
+# Not measured: the ratio of float32 arithmetic to memory bandwidth in the data sheets of current accelerators.
+_ACCELERATOR = _Balance(40.0, False)
+
+
+def streamed_modes(plan: str) -> tuple[bool, bool]:
+    """Whether a plan streams the in-channels and the out-channels."""
+    return plan in ("factored", "merge_out"), plan in ("factored", "merge_in")
+
+
+def count_work(
+    plan: str,
+    kernel_shape: Sequence[int],
+    rank: Sequence[int | None],
+    x_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    input_dilation: int | Sequence[int] = 1,
+) -> Work:
+    """The work of one forward and backward pass through a layer.
+
+    An ordinary convolution costs ``forward + backward`` of the plan ``"dense"``, without its ``kernel``.
+
+    Args:
+      plan: one of :data:`PLANS`.
+      kernel_shape: ``(spatial..., in / groups, out)``.
+      rank: one for each mode, ``None`` where the mode is whole; of capacities for what is computed, of ranks in use
+        for what would be after a resize.
+      x_shape: ``(batch..., spatial..., in)``.
+      strides, padding, dilation, groups, input_dilation: as in :func:`tdlrt_jax.tucker_conv`.
+
+    Returns:
+      A :class:`Work`.
+
+    Raises:
+      ValueError: for an unknown plan or arguments that do not fit the shapes.
+
+    Example:
+      >>> dense = count_work("dense", (3, 3, 256, 256), (3, 3, 32, 32), (128, 8, 8, 256))
+      >>> factored = count_work("factored", (3, 3, 256, 256), (3, 3, 32, 32), (128, 8, 8, 256))
+      >>> round(dense.forward / factored.forward, 1)
+      23.0
+    """
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    batch, image, geometry = _layer(kernel_shape, rank, x_shape, strides, padding, dilation, groups, input_dilation)
+    return work_of(plan, tuple(kernel_shape), tuple(rank), batch, image, geometry)
+
+
+def choose_plan(
+    kernel_shape: Sequence[int],
+    rank: Sequence[int | None],
+    x_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    input_dilation: int | Sequence[int] = 1,
+    device: str | None = None,
+) -> str:
+    """The plan that :func:`tdlrt_jax.tucker_conv` takes by itself, from static shapes alone.
+
+    The cheapest by multiply-adds and, weighed for the device, elements moved, among the plans with no more
+    multiply-adds than the kernel rebuilt; depthwise kernels are always rebuilt.
+
+    Args:
+      kernel_shape, rank, x_shape, strides, padding, dilation, groups, input_dilation: as in :func:`count_work`.
+      device: ``"cpu"``, ``"gpu"``, ...; ``jax.default_backend()`` by default.
+
+    Returns:
+      One of :data:`PLANS`.
+
+    Example:
+      >>> choose_plan((3, 3, 256, 256), (3, 3, 32, 32), (128, 8, 8, 256))
+      'factored'
+      >>> choose_plan((3, 3, 256, 256), (3, 3, 250, 250), (128, 8, 8, 256))
+      'dense'
+    """
+    batch, image, geometry = _layer(kernel_shape, rank, x_shape, strides, padding, dilation, groups, input_dilation)
+    return plan_for(tuple(kernel_shape), tuple(rank), batch, image, geometry, device=device)
+
+
+def plan_for(
+    kernel_shape: tuple[int, ...],
+    rank: tuple[int | None, ...],
+    batch: int,
+    image: tuple[int, ...],
+    geometry: Geometry,
+    *,
+    device: str | None = None,
+) -> str:
+    """:func:`choose_plan` for arguments already made explicit."""
+    if is_depthwise(kernel_shape, geometry.groups):
+        return "dense"
+    balance = _BALANCE.get(device or jax.default_backend(), _ACCELERATOR)
+    work = {plan: work_of(plan, kernel_shape, rank, batch, image, geometry) for plan in PLANS}
+
+    def predicted(plan: str) -> float:
+        moved = work[plan].elements + (work[plan].patches if balance.patches else 0)
+        return work[plan].total + balance.per_element * moved
+
+    return min((plan for plan in PLANS if work[plan].total <= work["dense"].total), key=predicted)
+
+
+def is_depthwise(kernel_shape: tuple[int, ...], groups: int) -> bool:
+    """Whether each group has one in-channel: nothing to factor, the kernel is always rebuilt."""
+    return groups > 1 and kernel_shape[-2] == 1
+
+
+def work_of(
+    plan: str,
+    kernel_shape: tuple[int, ...],
+    rank: tuple[int | None, ...],
+    batch: int,
+    image: tuple[int, ...],
+    geometry: Geometry,
+) -> Work:
+    """:func:`count_work` for arguments already made explicit."""
+    *window, n_in, n_out = kernel_shape
+    groups = geometry.groups
+    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
+    full = tuple(n if r is None else r for n, r in zip(kernel_shape, rank))
+    *_, r_in, r_out = full
+    channels, copies = (r_in if stream_in else n_in), (groups if stream_out else 1)  # n_in is that of one group
+    produced = r_out if stream_out else n_out
+    before = batch * math.prod(image)
+    after = batch * math.prod(output_size(geometry, window, image))
+
+    products = copies * after * math.prod(window) * channels * produced
+    elements = groups * before * channels + copies * after * produced
+    if stream_in:
+        products += groups * before * n_in * r_in
+        elements += groups * before * (n_in + r_in)
+    if stream_out:
+        products += after * n_out * r_out
+        elements += after * (n_out + groups * r_out)
+    pointwise = math.prod(window) == 1
+    patches = 0 if pointwise else groups * after * math.prod(window) * channels
+
+    merged = [r is not None for r in rank[:-2]]
+    merged += [rank[-2] is not None and not stream_in, rank[-1] is not None and not stream_out]
+    kernel = _kernel_work(kernel_shape, full, merged, different_kernels=stream_in + stream_out or 1)
+    return Work(products, 2 * products, kernel, 3 * elements, 3 * patches)
+
+
+def _kernel_work(shape: Sequence[int], rank: Sequence[int], merged: Sequence[bool], *, different_kernels: int) -> int:
+    """Multiply-adds for the ``M[X]``, ``dC`` and the ``dK_i`` of merged modes, in ``multi_mode_product``'s order."""
+
+    def expand(skip: int | None = None) -> int:
+        sizes, work = list(rank), 0
+        for mode in sorted(range(len(sizes)), key=lambda i: shape[i] / rank[i]):
+            if merged[mode] and mode != skip:
+                sizes[mode] = shape[mode]
+                work += math.prod(sizes) * rank[mode]
+        return work
+
+    work = (different_kernels + 1) * expand()  # contracting the gradient retraces the products backwards
+    for mode, is_merged in enumerate(merged):
+        if is_merged:
+            work += expand(skip=mode) * shape[mode] // rank[mode] + math.prod(rank) * shape[mode]
+    return work
+
+
+def _layer(
+    kernel_shape: Sequence[int],
+    rank: Sequence[int | None],
+    x_shape: Sequence[int],
+    strides: int | Sequence[int],
+    padding: PaddingLike,
+    dilation: int | Sequence[int],
+    groups: int,
+    input_dilation: int | Sequence[int],
+) -> tuple[int, tuple[int, ...], Geometry]:
+    """Batch, image and geometry of a layer, checked."""
+    spatial = len(kernel_shape) - 2
+    if spatial < 0 or len(rank) != len(kernel_shape):
+        raise ValueError(
+            f"kernel_shape must be (spatial..., in / groups, out) and rank as long, got {kernel_shape} and {rank}"
+        )
+    if len(x_shape) <= spatial or x_shape[-1] != kernel_shape[-2] * groups:
+        raise ValueError(
+            f"x_shape must be (batch..., {spatial} spatial dimensions, {kernel_shape[-2] * groups}) for the kernel "
+            f"{tuple(kernel_shape)} with groups={groups}, got {tuple(x_shape)}"
+        )
+    lead = len(x_shape) - 1 - spatial
+    image = tuple(x_shape[lead:-1])
+    geometry, border = resolve(
+        kernel_shape[:-2],
+        image,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        input_dilation=input_dilation,
+        groups=groups,
+    )
+    if border is not None:  # the border becomes part of the image
+        image = tuple(n + sum(pad) for n, pad in zip(image, geometry.padding))
+        geometry = geometry._replace(padding=((0, 0),) * spatial)
+    if math.prod(kernel_shape[:-2]) == 1:  # a pointwise kernel sees only the pixels that it samples
+        image = output_size(geometry, kernel_shape[:-2], image)
+        ones = (1,) * spatial
+        geometry = Geometry(ones, ((0, 0),) * spatial, ones, ones, groups)
+    return math.prod(x_shape[:lead]), image, geometry

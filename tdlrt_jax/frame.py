@@ -1,0 +1,173 @@
+"""Theorem 1: the variables ``K_i`` and one chart in which all their gradients come from one backward pass.
+
+With ``Mat_i(C)^T = Q_i S_i^T`` (QR) and ``K_i = U_i S_i``, Theorem 1 asks for the gradients of
+``L(Ten_i(Q_i^T) ×_{j != i} U_j ×_i K_i)`` with respect to every ``K_i``, and of ``L(C ×_j U_j)`` with respect to ``C``, all at the
+same kernel ``W``. They are the partial derivatives of one function, the affine chart of the tangent space (3) at ``W``::
+
+    W(C, K_1..K_d) = C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (K_i - U_i S_i)
+
+with ``U_j, Q_i, S_i`` held constant. A :class:`Frame` is this chart, so *any* operation on a kernel differentiates correctly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    TuckerTensor,
+    active_columns,
+    fold,
+    is_tucker,
+    mode_product,
+    multi_mode_product,
+    unfold,
+)
+
+__all__ = ["Frame", "lift", "value_and_grad"]
+
+
+class Frame(NamedTuple):
+    """The chart of Theorem 1 at a kernel. ``core`` and ``K`` are its variables, ``U`` and ``Q`` its constants.
+
+    A frame without ``K`` and ``Q`` is *core-only*: the Galerkin chart ``C ×_j U_j``, whose one variable is the core
+    (line 9 of Algorithm 1).
+    """
+
+    core: Array  # (R_1, ..., R_d)
+    K: tuple[Array | None, ...] | None  # (n_i, R_i) each, K_i = U_i S_i; None for a whole mode
+    U: tuple[Array | None, ...]  # (n_i, R_i) each; None for a whole mode
+    Q: tuple[Array | None, ...] | None  # (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal
+
+    def chart_to_dense(self) -> Array:
+        """``W(C, K_1..K_d)`` as an ``(n_1, ..., n_d)`` array, differentiable in ``core`` and ``K`` only."""
+        bases = jax.lax.stop_gradient(self.U)
+        dense = multi_mode_product(self.core, bases)
+        if self.K is None or self.Q is None:
+            return dense
+        for mode, (k, q) in enumerate(zip(self.K, self.Q)):
+            if k is None or q is None:
+                continue
+            # K_i - U_i S_i is zero in value; only its derivative matters.
+            increment = mode_product(jax.lax.stop_gradient(q), k - jax.lax.stop_gradient(k), mode)
+            dense = dense + multi_mode_product(increment, bases, skip=mode)
+        return dense
+
+
+def is_kernel(node: Any) -> bool:
+    """Whether a pytree node is a TuckerTensor or a Frame; meant for ``is_leaf=``."""
+    return isinstance(node, TuckerTensor | Frame)
+
+
+def orthonormal_core(core: Array, factor: Array, mode: int, rank_of: Array) -> tuple[Array, Array]:
+    """``Ten_i(Q_i^T)`` and ``S_i`` of ``Mat_i(C)^T = Q_i S_i^T``.
+
+    Args:
+      core: ``(R_1, ..., R_d)``.
+      factor: ``U_i``, ``(n_i, R_i)``; only its pattern of active columns is read.
+      mode: i.
+      rank_of: ``(R_1, ..., R_d)`` booleans, where the core is active.
+
+    Returns:
+      The tensorized ``Q_i^T`` with the core's shape, and ``S_i``, ``(R_i, R_i)``. Padded rows and inactive columns are masked
+      to zero. No column is dropped for a small diagonal entry of the triangular factor: with dependent slices that loses
+      10% and more of the core.
+    """
+    q, triangular = jnp.linalg.qr(unfold(core, mode).T)
+    active = active_columns(factor)
+    q = jnp.where(unfold(rank_of, mode).T, q, 0)
+    s = jnp.where(active[:, None] & active[None, :], triangular.T, 0)
+    return fold(q.T, mode, core.shape), s
+
+
+def active_core(kernel: TuckerTensor) -> Array:
+    """Which entries of the core are in use: booleans of the core's shape."""
+    mask = jnp.ones(kernel.core.shape, bool)
+    for mode, factor in enumerate(kernel.factors):
+        if factor is not None:
+            shape = [1] * kernel.core.ndim
+            shape[mode] = -1
+            mask = mask & active_columns(factor).reshape(shape)
+    return mask
+
+
+def lift(kernel: TuckerTensor) -> Frame:
+    """The :class:`Frame` at a kernel: ``K_i = U_i S_i`` and ``Q_i`` for every mode that is not whole (lines 2-3).
+
+    Args:
+      kernel: with orthonormal factors, active columns first.
+
+    Returns:
+      A frame whose ``K_i`` have the shapes of the factors, zero in padded columns.
+    """
+    mask = active_core(kernel)
+    K: list[Array | None] = []
+    Q: list[Array | None] = []
+    for mode, factor in enumerate(kernel.factors):
+        if factor is None:
+            K.append(None)
+            Q.append(None)
+            continue
+        q, s = orthonormal_core(kernel.core, factor, mode, mask)
+        K.append(jnp.matmul(factor, s, precision=HIGHEST))
+        Q.append(q)
+    return Frame(kernel.core, tuple(K), kernel.factors, tuple(Q))
+
+
+def chart_point(frame: Frame) -> TuckerTensor:
+    """The chart's coordinates of the kernel itself, ``TuckerTensor(C, K)``: what is differentiated, and what descends."""
+    return TuckerTensor(frame.core, (None,) * len(frame.U) if frame.K is None else frame.K)
+
+
+def with_point(frame: Frame, point: TuckerTensor) -> Frame:
+    """The frame with the variables of ``point`` and the constants of ``frame``."""
+    return frame._replace(core=point.core, K=None if frame.K is None else point.factors)
+
+
+def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """``jax.value_and_grad`` in the first argument, with the gradients of Theorem 1 for every Tucker kernel in it.
+
+    Every :class:`TuckerTensor` anywhere in ``params`` is lifted to a :class:`Frame` before ``loss_fn`` sees it; its gradient is
+    ``TuckerTensor(dC, (dK_1, ..., dK_d))`` and has the structure and shapes of the kernel. All other leaves get their ordinary
+    gradients. One forward and one backward pass in all. A Frame in ``params`` is differentiated as it is (a core-only one gives
+    ``TuckerTensor(dC, (None, ...))``).
+
+    Args:
+      loss_fn: ``loss_fn(params, *args, **kwargs)``, a scalar, or ``(scalar, aux)`` with ``has_aux``. It uses kernels through
+        :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`.
+      has_aux: as in ``jax.value_and_grad``.
+
+    Returns:
+      ``f(params, *args, **kwargs) -> (value, grads)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tdlrt_jax.hosvd(jnp.arange(12.0).reshape(3, 4), rank=(2, 2))
+      >>> loss = lambda params, x: jnp.sum(tdlrt_jax.tucker_linear(x, params["w"]) ** 2)
+      >>> value, grads = tdlrt_jax.value_and_grad(loss)({"w": kernel}, jnp.ones((5, 3)))
+      >>> jax.tree.map(jnp.shape, grads["w"])
+      TuckerTensor(core=(2, 2), factors=((3, 2), (4, 2)))
+
+    Source: Theorem 1, equation (8).
+    """
+
+    def evaluate(params: Any, *args: Any, **kwargs: Any) -> Any:
+        nodes, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
+        frames = [lift(node) if is_tucker(node) else node for node in nodes]
+        points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
+
+        def of_points(points: list[Any], *args: Any, **kwargs: Any) -> Any:
+            lifted = [
+                with_point(frame, point) if isinstance(frame, Frame) else point for frame, point in zip(frames, points)
+            ]
+            return loss_fn(treedef.unflatten(lifted), *args, **kwargs)
+
+        value, grads = jax.value_and_grad(of_points, has_aux=has_aux)(points, *args, **kwargs)
+        return value, treedef.unflatten(grads)
+
+    return evaluate

@@ -1,0 +1,381 @@
+"""Initial Tucker kernels of the norm that a dense layer would start with, so that activations keep their size.
+
+For factors with orthonormal columns ``||W|| = ||C||``, and a dense kernel whose entries have variance ``v`` has
+``E ||W||^2 = v prod n_i``. With ``v = 1 / fan_in`` (LeCun, the default of dense layers) that is ``n_out``, the last
+mode's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from tdlrt_jax.truncation import check_ranks, hosvd
+from tdlrt_jax.tucker import TuckerTensor, kernel_shape
+
+__all__ = [
+    "INITIALIZATIONS",
+    "dense_norm",
+    "initial_kernel",
+    "kernel_rank",
+    "prescribe_spectra",
+    "tucker_from_dense",
+    "tucker_normal",
+    "tucker_spectral",
+]
+
+INITIALIZATIONS = ("dense", "hosvd", "spectral")
+
+Scheme = Literal["lecun", "he", "glorot"]
+# Where a prescribed decay ends: far below any rounding error, and not yet where float32 ends.
+SMALLEST_VALUE = 1e-30
+
+Rank = int | float | Sequence[int | float | None] | None
+
+
+def kernel_rank(shape: Sequence[int], rank: Rank = None) -> tuple[int | None, ...]:
+    """The ranks of a kernel from what a user writes: counts, fractions of the modes' sizes, or nothing.
+
+    Args:
+      shape: of the dense kernel, ``(spatial..., in, out)``, or ``(in, out)``.
+      rank: ``None``: the full rank of every mode. One number: for the two channel modes, the spatial modes start at
+        their full rank (they are small, and truncation lowers them all the same). A sequence: one entry a mode, in the
+        kernel's layout; a ``None`` entry leaves that mode whole (no factor, never compressed). An ``int`` is a count (a
+        single one is clipped to each mode's size), a ``float`` in (0, 1] a fraction of the mode's size, rounded, at
+        least 1.
+
+    Returns:
+      One count a mode, ``None`` for whole modes, lowered to what a Tucker tensor can have:
+      ``R_i <= min(n_i, prod_{j != i} R_j)``.
+
+    Raises:
+      ValueError: for a fraction outside (0, 1], a count below 1 (or above ``n_i`` in a sequence), a wrong number of
+        entries.
+
+    Example:
+      >>> kernel_rank((3, 3, 16, 32), 0.25), kernel_rank((3, 3, 16, 32), (None, None, 8, 0.5))
+      ((3, 3, 4, 8), (None, None, 8, 16))
+    """
+    shape = tuple(shape)
+    if rank is None:
+        entries: list[int | float | None] = list(shape)
+    elif isinstance(rank, int | float):
+        spatial = list(shape[:-2])
+        entries = [*spatial, *(rank if isinstance(rank, float) else min(rank, n) for n in shape[-2:])]
+    else:
+        entries = list(rank)
+    if len(entries) != len(shape):
+        raise ValueError(
+            f"rank={tuple(entries)} has {len(entries)} entries for a kernel of shape {shape}: give one a mode, in the "
+            "kernel's layout (spatial..., in, out), or one number for the channel modes"
+        )
+    counts = [mode_rank(entry, size, mode, shape) for mode, (entry, size) in enumerate(zip(entries, shape))]
+    sizes, whole = check_ranks(counts, shape)
+    return tuple(None if w else size for size, w in zip(sizes, whole))
+
+
+def mode_rank(entry: int | float | None, size: int, mode: int, shape: tuple[int, ...]) -> int | None:
+    """One entry of a rank as a count; ``None`` for a whole mode."""
+    if entry is None:
+        return None
+    if isinstance(entry, float):
+        if not 0 < entry <= 1:
+            raise ValueError(
+                f"rank={entry} for mode {mode} of a kernel of shape {shape}: a float is a fraction of the mode's size, "
+                "in (0, 1]; write an int for a count"
+            )
+        return max(1, round(entry * size))
+    if not 1 <= entry <= size:
+        raise ValueError(
+            f"rank={entry} for mode {mode} of a kernel of shape {shape}: a count is in 1..{size} "
+            "(the layout is spatial..., in, out), None leaves the mode whole"
+        )
+    return int(entry)
+
+
+def dense_norm(shape: Sequence[int], scheme: Scheme = "lecun") -> float:
+    """The expected Frobenius norm ``sqrt(prod n_i Var[W])`` of a dense initialization.
+
+    Args:
+      shape: ``(spatial..., in, out)``.
+      scheme: ``"lecun"``: variance ``1 / fan_in``; ``"he"``: ``2 / fan_in``; ``"glorot"``: ``2 / (fan_in + fan_out)``.
+
+    Raises:
+      ValueError: for another scheme.
+
+    Example:
+      >>> dense_norm((3, 3, 16, 64))
+      8.0
+    """
+    size = math.prod(shape)
+    fan_in, fan_out = size / shape[-1], size / shape[-2]
+    variances = {"lecun": 1 / fan_in, "he": 2 / fan_in, "glorot": 2 / (fan_in + fan_out)}
+    if scheme not in variances:
+        raise ValueError(f"scheme={scheme!r} is unknown: expected one of {tuple(variances)}")
+    return math.sqrt(size * variances[scheme])
+
+
+def tucker_normal(
+    key: Array,
+    shape: Sequence[int],
+    rank: Rank = None,
+    *,
+    norm: ArrayLike | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> TuckerTensor:
+    """A random kernel whose entries have the variance of a dense initialization: ``Var[W] prod n_i = ||C||^2``.
+
+    The factors are orthonormal bases of random subspaces, the core is normal, and scaled to the norm exactly: its
+    entries have the standard deviation ``norm / sqrt(prod R_i)``, by default ``sqrt(n_out / prod R_i)``.
+
+    Args:
+      key: a random key.
+      shape: ``(n_1, ..., n_d)``, of the dense kernel, ``(spatial..., in, out)``.
+      rank: see :func:`kernel_rank`.
+      norm: ``||W||``, a scalar, possibly traced; default: :func:`dense_norm`, ``sqrt(n_out)``.
+      dtype: of core and factors; at least float32 is used.
+
+    Returns:
+      A :class:`~tdlrt_jax.tucker.TuckerTensor`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tucker_normal(jax.random.key(0), (3, 3, 16, 64), rank=0.25)
+      >>> kernel.core.shape, round(float(jnp.linalg.norm(tdlrt_jax.to_dense(kernel))), 4)
+      ((3, 3, 4, 16), 8.0)
+    """
+    core_key, factor_key = jax.random.split(key)
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    ranks = kernel_rank(shape, rank)
+    core = jax.random.normal(core_key, [n if r is None else r for n, r in zip(shape, ranks)], dtype)
+    return with_norm(TuckerTensor(core, random_factors(factor_key, shape, ranks, dtype)), norm)
+
+
+def tucker_from_dense(weights: Array, rank: Rank = None, *, rescale: bool = True) -> TuckerTensor:
+    """The HOSVD of a dense kernel, scaled back to the norm that truncation took away.
+
+    The HOSVD of random weights keeps little of them: without rescaling, activations vanish within a few layers. For
+    trained weights use ``rescale=False``, or ``tdlrt_jax.hosvd`` with a tolerance.
+
+    Args:
+      weights: ``(n_1, ..., n_d)``, floating.
+      rank: see :func:`kernel_rank`.
+      rescale: whether ``||C||`` becomes ``||weights||``.
+
+    Returns:
+      A :class:`~tdlrt_jax.tucker.TuckerTensor` of the weights' dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> weights = jax.random.normal(jax.random.key(0), (8, 8))
+      >>> kernel = tucker_from_dense(weights, rank=2)
+      >>> bool(jnp.isclose(jnp.linalg.norm(kernel.core), jnp.linalg.norm(weights)))
+      True
+    """
+    weights = jnp.asarray(weights)
+    kernel = hosvd(weights, rank=kernel_rank(weights.shape, rank))
+    return with_norm(kernel, jnp.linalg.norm(weights)) if rescale else kernel
+
+
+def tucker_spectral(
+    key: Array,
+    shape: Sequence[int],
+    rank: Rank = None,
+    *,
+    decay: float = 0.1,
+    singular_values: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
+    norm: ArrayLike | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> TuckerTensor:
+    """A random kernel with prescribed singular values of every unfolding: the "overestimated rank" of section 4.3.
+
+    Every unfolding ``Mat_i(W)`` gets the singular values ``s_k``, each mode's scaled to the common norm. The core comes
+    from :func:`prescribe_spectra`, whose cost is some ten to a hundred SVDs of its unfoldings.
+
+    Args:
+      key: a random key.
+      shape: ``(n_1, ..., n_d)``, of the dense kernel, ``(spatial..., in, out)``.
+      rank: see :func:`kernel_rank`.
+      decay: ``s_k = decay^k``, k = 0, 1, ...; the default decays with powers of ten (and stops at 1e-30).
+      singular_values: instead of ``decay``, descending and positive: one sequence for all modes, at least as long as
+        the largest rank, or one a mode. Whole modes, and modes whose entry is ``None``, are left as they come.
+      norm: ``||W||``; default: :func:`dense_norm`.
+      dtype: of core and factors; at least float32 is used. The core is found in float64 whatever the dtype.
+
+    Returns:
+      A :class:`~tdlrt_jax.tucker.TuckerTensor`; the core's slices are orthogonal with descending norms, so small
+      singular values survive the rounding to ``dtype``.
+
+    Raises:
+      ValueError: for values that are not descending and positive, too few of them, or if no such tensor is found (not
+        every set of spectra has one). Under ``jit`` the last comes as JAX's error of a failed callback.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tucker_spectral(jax.random.key(0), (3, 3, 8, 8), norm=1.0)
+      >>> values = jnp.linalg.svd(tdlrt_jax.to_dense(kernel).reshape(-1, 8), compute_uv=False)
+      >>> [f"{value:.0e}" for value in values[:4]]
+      ['1e+00', '1e-01', '1e-02', '1e-03']
+    """
+    core_key, factor_key = jax.random.split(key)
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    ranks = kernel_rank(shape, rank)
+    if singular_values is None:
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay={decay}: the ratio of successive singular values is in (0, 1]")
+        singular_values = [max(decay**k, SMALLEST_VALUE) for k in range(max(shape))]
+    spectra = mode_spectra(singular_values, ranks)
+    start = jax.random.normal(core_key, [n if r is None else r for n, r in zip(shape, ranks)], dtype)
+
+    def prescribed(start: Array) -> np.ndarray:
+        return prescribe_spectra(np.asarray(start, np.float64), spectra).astype(start.dtype)
+
+    if isinstance(start, jax.core.Tracer):
+        core = jax.pure_callback(prescribed, jax.ShapeDtypeStruct(start.shape, dtype), start, vmap_method="sequential")
+    else:
+        core = jnp.asarray(prescribed(start))
+    return with_norm(TuckerTensor(core, random_factors(factor_key, shape, ranks, dtype)), norm)
+
+
+def initial_kernel(
+    key: Array,
+    shape: Sequence[int],
+    rank: Rank,
+    *,
+    initialization: str | Callable[..., TuckerTensor],
+    kernel_init: Callable[..., Any],
+    dtype: DTypeLike,
+) -> TuckerTensor:
+    """The kernel a layer starts with, from a dense initializer ``kernel_init(key, shape, dtype)`` and a rank.
+
+    Args:
+      key: a random key, given to ``kernel_init`` as it is.
+      shape: of the dense kernel, ``(spatial..., in, out)``.
+      rank: see :func:`kernel_rank`.
+      initialization: ``"dense"``: :func:`tucker_normal` with the norm of the dense draw; ``"hosvd"``:
+        :func:`tucker_from_dense` of the draw; ``"spectral"``: :func:`tucker_spectral` with the norm of the draw; or a
+        function ``(key, shape, rank, *, norm, dtype)`` such as these with options of their own.
+      kernel_init: a dense initializer. If it returns a TuckerTensor, that is the kernel.
+      dtype: of core and factors; at least float32 is used.
+
+    Raises:
+      ValueError: for an unknown name, or weights of another shape.
+    """
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    if not callable(initialization) and initialization not in INITIALIZATIONS:
+        raise ValueError(
+            f"initialization={initialization!r} is unknown: expected one of {INITIALIZATIONS}, or a function "
+            "(key, shape, rank, *, norm, dtype) -> TuckerTensor"
+        )
+    weights = kernel_init(key, tuple(shape), dtype)
+    found = kernel_shape(weights) if isinstance(weights, TuckerTensor) else jnp.shape(weights)
+    if tuple(found) != tuple(shape):
+        raise ValueError(f"kernel_init returned weights of shape {tuple(found)} for a kernel of shape {tuple(shape)}")
+    if isinstance(weights, TuckerTensor):
+        return weights
+    if initialization == "hosvd":
+        return tucker_from_dense(weights, rank)
+    draw = {"dense": tucker_normal, "spectral": tucker_spectral}.get(initialization, initialization)  # type: ignore[arg-type]
+    return draw(jax.random.fold_in(key, 1), shape, rank, norm=jnp.linalg.norm(weights), dtype=dtype)  # type: ignore[operator]
+
+
+def prescribe_spectra(
+    core: np.ndarray, spectra: Sequence[np.ndarray | None], *, tolerance: float = 1e-8, sweeps: int = 500
+) -> np.ndarray:
+    """A tensor near the given one whose unfoldings have the given singular values, in float64 on the host.
+
+    Alternates over the modes: the SVD of each unfolding with its singular values replaced,
+    ``Mat_i(C) <- diag(s_i) V_i^T`` (the left vectors are a rotation of the mode, which no other mode sees), until all
+    of them match.
+
+    Args:
+      core: ``(R_1, ..., R_d)``.
+      spectra: per mode ``(R_i,)`` descending, all of one norm; ``None`` leaves the mode as it comes.
+      tolerance: of every singular value, relative to itself (values under the rounding of the largest, to that).
+      sweeps: how many rounds over all modes to try.
+
+    Returns:
+      A core whose slices along every prescribed mode are orthogonal to the tolerance, with norms ``s_i``.
+
+    Raises:
+      ValueError: if the values do not match after ``sweeps`` rounds: such a tensor may not exist.
+
+    Source: Hackbusch and Uschmajew, "On the interconnection between the higher-order singular values of real tensors"
+    (2017), alternating projections.
+    """
+    for mode, values in enumerate(spectra):
+        if values is not None:
+            # A graded start: from a flat one, the small singular values would be picked from rounding errors.
+            core = core * np.expand_dims(values / values[0], [axis for axis in range(core.ndim) if axis != mode])
+    deviations = [0.0] * core.ndim
+    for _ in range(sweeps):
+        for mode, values in enumerate(spectra):
+            if values is None:
+                continue
+            _, found, right = np.linalg.svd(np_unfold(core, mode), full_matrices=False)
+            floor = 100 * np.finfo(np.float64).eps * values[0] / tolerance
+            deviations[mode] = float(np.max(np.abs(found - values) / (values + floor)))
+            rest = [size for axis, size in enumerate(core.shape) if axis != mode]
+            core = np.moveaxis((values[:, None] * right).reshape(-1, *rest), 0, mode)
+        if max(deviations) <= tolerance:
+            return core
+    raise ValueError(
+        f"no core of shape {core.shape} with the singular values asked for was found: after {sweeps} sweeps the "
+        f"relative deviations per mode are {[f'{d:.0e}' for d in deviations]}. The unfoldings of a tensor constrain "
+        "each other: use ranks or decays that differ less between the modes, or leave a mode free with None"
+    )
+
+
+def mode_spectra(
+    singular_values: Sequence[float] | Sequence[Sequence[float] | None], ranks: Sequence[int | None]
+) -> list[np.ndarray | None]:
+    """One descending sequence of unit norm for every mode, as long as its rank; ``None`` where it is free."""
+    one_for_all = all(isinstance(value, int | float | np.number) for value in singular_values)
+    per_mode: list[Any] = [singular_values] * len(ranks) if one_for_all else list(singular_values)
+    if len(per_mode) != len(ranks):
+        raise ValueError(f"singular_values has {len(per_mode)} sequences for a kernel with {len(ranks)} modes")
+    spectra: list[np.ndarray | None] = []
+    for mode, (entry, rank) in enumerate(zip(per_mode, ranks)):
+        if entry is None or rank is None:
+            spectra.append(None)
+            continue
+        values = np.asarray(entry, np.float64)[:rank]
+        if len(values) < rank:
+            raise ValueError(
+                f"singular_values has {len(values)} values for mode {mode} of rank {rank}: give at least {rank}"
+            )
+        if not np.all(values > 0) or np.any(np.diff(values) > 0):
+            raise ValueError(f"singular_values of mode {mode} must be positive and descending, got {values.tolist()}")
+        spectra.append(values / np.linalg.norm(values))
+    return spectra
+
+
+def random_factors(
+    key: Array, shape: Sequence[int], ranks: Sequence[int | None], dtype: DTypeLike
+) -> tuple[Array | None, ...]:
+    """Orthonormal bases ``(n_i, R_i)`` of random subspaces; ``None`` for whole modes."""
+    keys = jax.random.split(key, len(shape))
+    return tuple(
+        None if r is None else jnp.linalg.qr(jax.random.normal(k, (n, r), dtype))[0]
+        for k, n, r in zip(keys, shape, ranks)
+    )
+
+
+def with_norm(kernel: TuckerTensor, norm: ArrayLike | None) -> TuckerTensor:
+    """The kernel scaled to ``||W|| = norm``, by default that of a dense layer; a zero kernel stays zero."""
+    norm = dense_norm(kernel_shape(kernel)) if norm is None else norm
+    size = jnp.linalg.norm(kernel.core)
+    scale = jnp.where(size > 0, norm / jnp.where(size > 0, size, 1), 0)
+    return kernel._replace(core=kernel.core * scale.astype(kernel.core.dtype))
+
+
+def np_unfold(tensor: np.ndarray, mode: int) -> np.ndarray:
+    """:func:`~tdlrt_jax.tucker.unfold` on the host."""
+    return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)

@@ -1,0 +1,126 @@
+"""Basis augmentation: new directions for every mode, and tangent vectors as cores in the augmented bases (lines 5-8).
+
+The augmented basis is ``[U | Ũ]`` with ``U`` kept as it is, so ``[U | Ũ]^T U = [I; 0]``: the augmented core is ``C`` padded with
+zeros and the network does not change. ``Ũ`` is built from the step ``K_new - K`` itself, never from ``K_new``, in which it cancels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.frame import Frame
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_columns, mode_product
+
+__all__ = ["Augmented", "augment", "augmented_width", "embed", "new_directions", "unchanged"]
+
+
+class Augmented(NamedTuple):
+    """Augmented bases at a kernel, ``[U_i | Ũ_i]``; zero columns where a direction does not exist."""
+
+    frame: Frame  # the point: C, K_i, U_i, Q_i
+    new: tuple[Array | None, ...]  # Ũ_i, (n_i, A_i), orthonormal and orthogonal to U_i; None for a whole mode
+
+    @property
+    def bases(self) -> tuple[Array | None, ...]:
+        """``[U_i | Ũ_i]``, ``(n_i, R_i + A_i)``."""
+        return tuple(None if u is None else jnp.concatenate([u, t], axis=1) for u, t in zip(self.frame.U, self.new))
+
+    @property
+    def core(self) -> Array:
+        """``C̃ = C ×_i [U_i | Ũ_i]^T U_i``: the core padded with zeros (line 8)."""
+        widths = [(0, 0) if t is None else (0, t.shape[1]) for t in self.new]
+        return jnp.pad(self.frame.core, widths)
+
+
+def augmented_width(size: int, capacity: int) -> int:
+    """Columns that ``Ũ`` may need: no more than the step has, nor than the complement of the least rank that has as many."""
+    return min(capacity, size // 2)
+
+
+def _project_out(directions: Array, basis: Array) -> Array:
+    return directions - jnp.matmul(basis, jnp.matmul(basis.T, directions, precision=HIGHEST), precision=HIGHEST)
+
+
+def new_directions(step: Array, basis: Array, width: int) -> Array:
+    """An orthonormal basis ``Ũ`` of the range of ``(I - U U^T) step``, robust to any conditioning.
+
+    The columns are rotated by the eigenvectors of their Gram matrix, so that dependent ones end up small and last; those below
+    rounding are dropped, the rest normalized; a second round resolves what the first could not; a Cholesky-QR makes the result
+    orthonormal to rounding. (A QR of ``[U | K]`` with small diagonal entries dropped loses a third of the step and more.)
+
+    Args:
+      step: ``K_new - K``, ``(n, R)``; zero in inactive columns.
+      basis: ``U``, ``(n, R)``, orthonormal up to its zero columns.
+      width: static number of columns to return.
+
+    Returns:
+      ``(n, width)``, zero in the columns that are not needed.
+    """
+    if width == 0:
+        return step[:, :0]
+    floor = 50 * jnp.finfo(step.dtype).eps
+    largest = jnp.max(jnp.abs(step))
+    columns = step / jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(columns)
+    columns = columns / jnp.where(norm > 0, norm, 1)
+    columns = _project_out(_project_out(columns, basis), basis)
+    for kept in (step.shape[1], width):  # cut only once the dependent directions have been found
+        _, vectors = jnp.linalg.eigh(jnp.matmul(columns.T, columns, precision=HIGHEST))
+        columns = jnp.matmul(columns, vectors[:, ::-1][:, :kept], precision=HIGHEST)
+        norms = jnp.linalg.norm(columns, axis=0)
+        columns = jnp.where(norms > floor, columns / jnp.where(norms > 0, norms, 1), 0)
+        columns = _project_out(columns, basis)
+    active = active_columns(columns)
+    for _ in range(2):
+        gram = jnp.matmul(columns.T, columns, precision=HIGHEST)
+        triangular = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype)))
+        columns = jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
+    return jnp.where(active, columns, 0)
+
+
+def unchanged(frame: Frame) -> Augmented:
+    """The bases as they are, with no new directions."""
+    return Augmented(frame, tuple(None if u is None else u[:, :0] for u in frame.U))
+
+
+def augment(frame: Frame, step: TuckerTensor) -> Augmented:
+    """The augmented bases for a step ``(step_C, step_K_i)`` in the coordinates of the frame (lines 5-7).
+
+    Args:
+      frame: the point.
+      step: increments of ``C`` and of every ``K_i``, with the shapes of the frame's; only those of the ``K_i`` are read.
+    """
+    new = [
+        None if u is None else new_directions(dk, u, augmented_width(*u.shape)) for u, dk in zip(frame.U, step.factors)
+    ]
+    return Augmented(frame, tuple(new))
+
+
+def embed(tangent: TuckerTensor, augmented: Augmented) -> Array:
+    """A tangent vector in the frame's coordinates as a core in the augmented bases.
+
+    ``V = V_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) V_{K_i}`` has ``V_C`` in the old block,
+    ``Ũ_i^T V_{K_i} Q_i^T`` in the block in which only mode ``i`` is new, and zeros in the mixed blocks. What lies outside of the
+    augmented bases is not seen.
+
+    Args:
+      tangent: ``TuckerTensor(V_C, (V_K1, ...))`` with the shapes of the frame's core and factors.
+      augmented: the bases.
+
+    Returns:
+      ``(R_1 + A_1, ..., R_d + A_d)``.
+    """
+    widths = [(0, 0) if t is None else (0, t.shape[1]) for t in augmented.new]
+    core = jnp.pad(tangent.core, widths)
+    for mode, (t, v, q) in enumerate(zip(augmented.new, tangent.factors, augmented.frame.Q)):
+        if t is None:
+            continue
+        block = mode_product(q, jnp.matmul(t.T, v, precision=HIGHEST), mode)
+        old = augmented.frame.core.shape[mode]
+        corner = [(0, w) if j != mode else (old, 0) for j, (_, w) in enumerate(widths)]
+        core = core + jnp.pad(block, corner)
+    return core

@@ -1,0 +1,67 @@
+"""What an integrator is: two pure functions on one kernel around the second gradient, and what they hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.integrators.augmentation import Augmented
+from tdlrt_jax.truncation import RankPolicy
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor
+
+__all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors"]
+
+
+class Galerkin(NamedTuple):
+    """The core in the bases of the Galerkin step (line 8), before its own step."""
+
+    core: Array  # (M_1, ..., M_d)
+    bases: tuple[Array | None, ...]  # (n_i, M_i)
+    turns: tuple[Array | None, ...] | None  # (R_i + A_i, M_i), from the augmented bases to these; None where they agree
+
+
+class Moved(NamedTuple):
+    """The next kernel and how its bases came from the augmented ones."""
+
+    kernel: TuckerTensor  # capacities as before the step
+    rotations: tuple[Array | None, ...]  # P_i, (R_i + A_i, R_i): U_i_new = [U_i | Ũ_i] P_i
+    rank: Array  # int32 (d,)
+    error: Array  # relative truncation error of this step
+    bound: Array  # bool (d,): a bound or the capacity kept the rank below what the tolerance asks for
+
+
+class Truncation(NamedTuple):
+    """What line 11 needs to know."""
+
+    tolerance: Array
+    policy: RankPolicy
+    floor: Array  # int32 (d,), ranks not to go below (warm-up)
+
+
+class Integrator(NamedTuple):
+    """One step of a kernel, in the two halves that a gradient evaluation separates.
+
+    With ``evaluations == 1`` the core's increment comes from the first gradient; with 2 from the gradient at the Galerkin point.
+    """
+
+    evaluations: int
+    basis_step: Callable[[Augmented, TuckerTensor], Galerkin]  # lines 5-8, from the step of (C, K_i)
+    core_step: Callable[[Augmented, Galerkin, Array, Truncation], Moved]  # lines 9-14, from the core's increment
+
+
+def orthonormal_factors(
+    bases: tuple[Array | None, ...], rotations: tuple[Array | None, ...]
+) -> tuple[Array | None, ...]:
+    """``U_i = bases_i P_i`` (line 12) and one Newton-Schulz step ``U (3 I - U^T U) / 2``, which stops the drift of rounding."""
+    factors: list[Array | None] = []
+    for basis, rotation in zip(bases, rotations):
+        if basis is None or rotation is None:
+            factors.append(None)
+            continue
+        u = jnp.matmul(basis, rotation, precision=HIGHEST)
+        gram = jnp.matmul(u.T, u, precision=HIGHEST)
+        factors.append(1.5 * u - 0.5 * jnp.matmul(u, gram, precision=HIGHEST))
+    return tuple(factors)

@@ -1,0 +1,61 @@
+"""Algorithm 1 with ``adaptive = False``: the ranks stay, and the second gradient is taken at a new point.
+
+``U_new`` is an orthonormal basis of the range of ``K_i`` after its step (line 7), and the core is carried over by
+``C ×_i U_new^T U`` (line 8), which loses what leaves the old bases; line 9 then steps it.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.integrators.augmentation import Augmented
+from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
+from tdlrt_jax.truncation import principal_rotation
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_columns, active_rank, multi_mode_product, unfold
+
+__all__ = ["fixed_rank"]
+
+
+def basis_step(augmented: Augmented, step: TuckerTensor) -> Galerkin:
+    """Lines 4-8: an orthonormal basis of the range of ``K_i + step_{K_i}``, found in the coordinates of ``[U | Ũ]``.
+
+    The part of the ``K_i``-step within ``range(U_i)`` is the core's: ``U_i^T step_{K_i} = Mat_i(step_C) Q_i``, as for the gradients of
+    Theorem 1, so an optimizer may leave it out of its norms.
+    """
+    frame = augmented.frame
+    turns: list[Array | None] = []
+    carried: list[Array | None] = []
+    for mode, (u, new, k, dk, q) in enumerate(zip(frame.U, augmented.new, frame.K, step.factors, frame.Q)):
+        if u is None:
+            turns.append(None)
+            carried.append(None)
+            continue
+        within = jnp.matmul(unfold(step.core, mode), unfold(q, mode).T, precision=HIGHEST)
+        old = jnp.matmul(u.T, k, precision=HIGHEST) + within
+        stepped = jnp.concatenate([old, jnp.matmul(new.T, dk, precision=HIGHEST)])
+        exists = jnp.concatenate([active_columns(u), active_columns(new)])
+        turns_of_mode, _, _ = principal_rotation(_normalized(stepped), exists, True)
+        turn = jnp.where(active_columns(u), turns_of_mode[:, : u.shape[1]], 0)
+        turns.append(turn)
+        carried.append(turn[: u.shape[1]])
+    bases = orthonormal_factors(augmented.bases, tuple(turns))
+    core = multi_mode_product(frame.core, carried, transpose=True)
+    return Galerkin(core, bases, tuple(turns))
+
+
+def _normalized(matrix: Array) -> Array:
+    largest = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(largest > 0, largest, 1)
+    return matrix / jnp.maximum(jnp.linalg.norm(matrix), jnp.finfo(matrix.dtype).tiny)
+
+
+def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncation: Truncation) -> Moved:
+    """Lines 9 and 14: the core steps in the new bases; nothing is truncated."""
+    del truncation
+    kernel = TuckerTensor(point.core + increment, point.bases)
+    rank = active_rank(TuckerTensor(augmented.frame.core, augmented.frame.U))
+    return Moved(kernel, point.turns, rank, jnp.zeros((), increment.dtype), jnp.zeros(rank.shape, bool))
+
+
+fixed_rank = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step)

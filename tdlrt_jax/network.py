@@ -1,0 +1,262 @@
+"""One step of all kernels of a network: inner updates, integrators and transport in the order of Algorithm 1.
+
+The mathematics of one kernel is in ``integrators`` and ``transport``; here it is mapped over the network between the two gradient
+evaluations, with one inner state for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tdlrt_jax.frame import Frame, active_core, chart_point, lift
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment, unchanged
+from tdlrt_jax.integrators import embed as embed_step
+from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
+from tdlrt_jax.transport import Kind, Moment, embed_moment, find_moments, transport_moment, turn_moment
+from tdlrt_jax.truncation import RankPolicy, max_capacity, per_mode
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    TuckerTensor,
+    active_columns,
+    active_rank,
+    capacity,
+    is_tucker,
+    kernel_shape,
+    unfold,
+)
+
+__all__ = ["NetworkStep", "StepOutcome", "look_plain"]
+
+ValueAndGrad = Callable[[Any], tuple[Any, Any]]
+
+
+class StepOutcome(NamedTuple):
+    """What a step proposes, before it is accepted."""
+
+    updates: Any  # with the structure of params
+    inner: Any
+    rank: list[Array]  # int32 (d,) a kernel
+    error: list[Array]  # float32 scalars, relative truncation errors
+    pressing: Array  # bool, whether a rank is held down by the size of its arrays
+
+
+class NetworkStep(NamedTuple):
+    """The kernels of a network, and the inner transformation that proposes their steps."""
+
+    tree: KernelTree  # params
+    policies: list[RankPolicy]  # one a kernel
+    inner: optax.GradientTransformationExtraArgs
+    extra: dict[str, Any]  # keyword arguments for the inner transformation
+    fields: Mapping[str, Kind] | None  # how unusual moments transform
+
+    def align(self, grads: Any) -> list[Any]:
+        """The nodes of a gradient tree in the order of the parameters'; raises ``ValueError`` naming one that is missing."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_tucker)
+        found = {path_name(path): grad for path, grad in leaves}
+        nodes = []
+        for name, node in zip(self.tree.node_names, self.tree.nodes):
+            if is_tucker(node) != is_tucker(found.get(name)):
+                raise ValueError(
+                    f"parameter {name!r} is a {type(node).__name__}, its gradient a {type(found.get(name)).__name__}: take "
+                    "gradients with tdlrt_jax.value_and_grad, which gives TuckerTensor(dC, (dK_1, ...)) for a kernel"
+                )
+            if name not in found:
+                raise ValueError(f"there is no gradient for parameter {name!r}; the gradients have {sorted(found)}")
+            nodes.append(found[name])
+        return nodes
+
+    def adaptive_step(
+        self,
+        scheme: Integrator,
+        frames: list[Frame],
+        gradients: list[Any],
+        inner_state: Any,
+        tolerance: Array,
+        warming_up: Array,
+        value_and_grad_fn: ValueAndGrad | None,
+    ) -> StepOutcome:
+        """One step of Algorithm 1, or of the integrator's variant of it, for all kernels at once."""
+        nodes, after_first = self._first_update(frames, gradients, inner_state)
+        steps = self.tree.pick(nodes)
+        bases = [augment(frame, step) for frame, step in zip(frames, steps)]
+        points = [scheme.basis_step(basis, step) for basis, step in zip(bases, steps)]
+        if scheme.evaluations == 1:
+            after_last = after_first
+            increments = [embed_step(step, basis) for step, basis in zip(steps, bases)]
+        else:
+            assert value_and_grad_fn is not None
+            nodes, after_last = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
+            increments = [update.core for update in self.tree.pick(nodes)]
+
+        moved = []
+        for basis, point, increment, policy, kernel in zip(bases, points, increments, self.policies, self.tree.kernels):
+            floor = jnp.where(warming_up, active_rank(kernel), 0)
+            moved.append(scheme.core_step(basis, point, increment, Truncation(tolerance, policy, floor)))
+        updates = [jax.tree.map(jnp.subtract, m.kernel, kernel) for m, kernel in zip(moved, self.tree.kernels)]
+        return StepOutcome(
+            updates=self.tree.replace(updates, nodes),
+            inner=self._transport(scheme, after_first, after_last, bases, points, moved, self._frames_after(updates)),
+            rank=[m.rank for m in moved],
+            error=[m.error.astype(jnp.float32) for m in moved],
+            pressing=_any([_pressing(m.bound, k, p) for m, k, p in zip(moved, self.tree.kernels, self.policies)]),
+        )
+
+    def core_only_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
+        """Between adaptations: cores step in the bases as they are, from one gradient."""
+        nodes, inner_state = self._first_update(frames, gradients, inner_state)
+        updates = [
+            TuckerTensor(update.core, jax.tree.map(jnp.zeros_like, kernel.factors))
+            for update, kernel in zip(self.tree.pick(nodes), self.tree.kernels)
+        ]
+        new_frames = self._frames_after(updates)
+
+        def carry(moment: TuckerTensor, i: int, kind: Kind) -> TuckerTensor:
+            same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frames[i].U)
+            return transport_moment(moment.core, moment.factors, unchanged(frames[i]), same, new_frames[i], kind)
+
+        return StepOutcome(
+            updates=self.tree.replace(updates, nodes),
+            inner=self._map_moments(inner_state, carry),
+            rank=[active_rank(kernel) for kernel in self.tree.kernels],
+            error=[jnp.zeros((), jnp.float32) for _ in frames],
+            pressing=jnp.zeros((), bool),
+        )
+
+    def _inner_update(self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any) -> tuple:
+        """The inner update at given chart points; the updates come back as nodes."""
+        grads = self.tree.replace(kernel_grads, gradients)
+        updates, state = self.inner.update(grads, state, self.tree.replace(points), **self.extra)
+        return flatten_kernels(updates).nodes, state
+
+    def _first_update(self, frames: list[Frame], gradients: list[Any], state: Any) -> tuple[list[Any], Any]:
+        """Line 4: the inner update of ``(C, K_i)`` and all other leaves, from the first gradient."""
+        projected = [_project(grad, frame) for grad, frame in zip(self.tree.pick(gradients), frames)]
+        nodes, state = self._inner_update(gradients, projected, [chart_point(frame) for frame in frames], state)
+        for position, kernel in zip(self.tree.positions, self.tree.kernels):
+            nodes[position] = _mask(nodes[position], kernel)
+        return nodes, state
+
+    def _second_update(
+        self,
+        gradients: list[Any],
+        state: Any,
+        bases: list[Augmented],
+        points: list[Galerkin],
+        value_and_grad_fn: ValueAndGrad,
+    ) -> tuple[list[Any], Any]:
+        """Line 9: the inner update of the cores, from the same state as the first, at the Galerkin points.
+
+        Leaves that are not kernels take the first gradient, so they move once. The ``K_i`` take no part: as zeros they add
+        nothing to a norm.
+        """
+        at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
+        _, grads = value_and_grad_fn(at)
+        still = [jax.tree.map(jnp.zeros_like, kernel.factors) for kernel in self.tree.kernels]
+        core_grads = [
+            TuckerTensor(grad.core.astype(point.core.dtype), zeros)
+            for grad, point, zeros in zip(self.tree.pick(self.align(grads)), points, still)
+        ]
+        state = self._map_moments(
+            state, lambda m, i, kind: TuckerTensor(turn_moment(m, bases[i], points[i].turns, kind), still[i])
+        )
+        at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
+        return self._inner_update(gradients, core_grads, at_points, state)
+
+    def _frames_after(self, updates: list[TuckerTensor]) -> list[Frame]:
+        """The frames at what ``optax.apply_updates`` will make of the kernels.
+
+        Exactly that, rounding included: the next step lifts it again, and the moments must live in the same frame.
+        """
+        return [lift(optax.apply_updates(kernel, update)) for kernel, update in zip(self.tree.kernels, updates)]
+
+    def _moments(self, state: Any) -> list[Moment]:
+        return find_moments(state, list(zip(self.tree.paths, self.tree.kernels)), self.fields)
+
+    def _map_moments(self, state: Any, function: Callable[[TuckerTensor, int, Kind], TuckerTensor]) -> Any:
+        nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
+        for position, i, kind in self._moments(state):
+            if kind != "scalar":
+                nodes[position] = function(nodes[position], i, kind)
+        return treedef.unflatten(nodes)
+
+    def _transport(
+        self,
+        scheme: Integrator,
+        after_first: Any,
+        after_last: Any,
+        bases: list[Augmented],
+        points: list[Galerkin],
+        moved: list[Moved],
+        frames: list[Frame],
+    ) -> Any:
+        """The state after the step: the moments of the K_i from the first update, the cores' from the last, in new frames."""
+        first = jax.tree.leaves(after_first, is_leaf=is_tucker)
+        last, treedef = jax.tree.flatten(after_last, is_leaf=is_tucker)
+        for position, i, kind in self._moments(after_first):
+            if kind == "scalar":
+                continue
+            K_moment, core_moment, turns = first[position], last[position].core, points[i].turns
+            if scheme.evaluations == 1 or turns is not None:
+                within = embed_moment(first[position], bases[i], kind)
+            else:
+                within = core_moment
+            carried = transport_moment(within, K_moment.factors, bases[i], moved[i].rotations, frames[i], kind)
+            if turns is not None:  # the core's moment is in the new bases already
+                carried = carried._replace(core=core_moment)
+            last[position] = carried
+        return treedef.unflatten(last)
+
+
+def look_plain(frames: list[Frame], grads: list[TuckerTensor]) -> Array:
+    """Whether gradients look like plain factor gradients: those of Theorem 1 satisfy ``U_i^T dK_i = Mat_i(dC) Q_i``."""
+    mismatch = agreement = total = jnp.zeros((), jnp.float32)
+    for frame, grad in zip(frames, grads):
+        for mode, (u, dk, q) in enumerate(zip(frame.U, grad.factors, frame.Q or ())):
+            if u is None or dk is None or q is None:
+                continue
+            inside = jnp.matmul(u.T, dk, precision=HIGHEST)
+            core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
+            mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
+            agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
+            total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
+    # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
+    return (mismatch > 0.25 * agreement) & (mismatch > 1e-4 * total)
+
+
+def _project(grad: TuckerTensor, frame: Frame) -> TuckerTensor:
+    """``(dC, (I - U_i U_i^T) dK_i)``: orthogonal coordinates of the projected gradient, so norms are those of the gradient."""
+    factors = []
+    for u, dk in zip(frame.U, grad.factors):
+        if u is None or dk is None:
+            factors.append(None)
+            continue
+        dk = dk.astype(u.dtype)
+        factors.append(dk - jnp.matmul(u, jnp.matmul(u.T, dk, precision=HIGHEST), precision=HIGHEST))
+    return TuckerTensor(grad.core.astype(frame.core.dtype), tuple(factors))
+
+
+def _mask(update: TuckerTensor, kernel: TuckerTensor) -> TuckerTensor:
+    """An update with nothing in the padding, whatever the inner transformation put there (noise, say)."""
+    factors = [
+        None if u is None else jnp.where(active_columns(u), du, 0) for u, du in zip(kernel.factors, update.factors)
+    ]
+    return TuckerTensor(jnp.where(active_core(kernel), update.core, 0), tuple(factors))
+
+
+def _pressing(bound: Array, kernel: TuckerTensor, policy: RankPolicy) -> Array:
+    """Whether a rank is held down by its arrays' capacity, where neither the kernel's shape nor a bound of the user's does."""
+    shape, order = kernel_shape(kernel), len(kernel.factors)
+    highest = per_mode(policy.max_rank, order, "max_rank")
+    useful = max_capacity(shape, [n if r is None else min(n, r) for n, r in zip(shape, highest)])
+    can_grow = jnp.array([size < limit for size, limit in zip(capacity(kernel), useful)])
+    return jnp.any(bound & can_grow)
+
+
+def _any(flags: list[Array]) -> Array:
+    return jnp.any(jnp.stack(flags))

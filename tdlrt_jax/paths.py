@@ -1,0 +1,73 @@
+"""Where the kernels of a network are: pytrees with Tucker kernels as leaves, addressed by path."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from tdlrt_jax.tucker import TuckerTensor, is_tucker
+
+__all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "path_name"]
+
+
+def path_name(path: tuple) -> str:
+    """A key path as ``conv1/kernel``; ``"kernel"`` where the tree is one kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "kernel"
+
+
+def kernel_paths(params: Any) -> dict[str, TuckerTensor]:
+    """Every Tucker kernel in a pytree by its path, in the order of the tree.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> params = {"conv": {"kernel": tdlrt_jax.hosvd(jnp.ones((3, 4))), "bias": jnp.ones(4)}}
+      >>> list(kernel_paths(params))
+      ['conv/kernel']
+    """
+    tree = flatten_kernels(params)
+    return dict(zip(tree.names, tree.kernels))
+
+
+class KernelTree(NamedTuple):
+    """A pytree flattened with kernels as leaves."""
+
+    nodes: list[Any]
+    treedef: Any
+    node_names: list[str]
+    paths: list[tuple]  # key paths of the kernels
+    positions: list[int]  # of the kernels among the nodes
+
+    @property
+    def names(self) -> list[str]:
+        """The kernels' paths as strings."""
+        return [self.node_names[position] for position in self.positions]
+
+    @property
+    def kernels(self) -> list[TuckerTensor]:
+        """The kernels, in the order of the tree."""
+        return self.pick(self.nodes)
+
+    def pick(self, nodes: list[Any]) -> list[Any]:
+        """The entries of ``nodes`` that stand where the kernels do."""
+        return [nodes[position] for position in self.positions]
+
+    def replace(self, kernels: list[Any], nodes: list[Any] | None = None) -> Any:
+        """The pytree with other kernels, and other leaves where ``nodes`` are given."""
+        nodes = list(self.nodes if nodes is None else nodes)
+        for position, kernel in zip(self.positions, kernels):
+            nodes[position] = kernel
+        return self.treedef.unflatten(nodes)
+
+
+def flatten_kernels(tree: Any) -> KernelTree:
+    """Flattens a pytree with its Tucker kernels as leaves."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
+    positions = [i for i, (_, node) in enumerate(leaves) if is_tucker(node)]
+    return KernelTree(
+        nodes=[node for _, node in leaves],
+        treedef=treedef,
+        node_names=[path_name(path) for path, _ in leaves],
+        paths=[leaves[i][0] for i in positions],
+        positions=positions,
+    )

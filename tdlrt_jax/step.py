@@ -1,0 +1,177 @@
+"""``tdlrt_step``: one jitted training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tdlrt_jax import status as flags
+from tdlrt_jax.frame import value_and_grad
+from tdlrt_jax.optimizer import TdlrtState
+from tdlrt_jax.tucker import is_tucker
+
+__all__ = ["StepInfo", "tdlrt_step"]
+
+
+class StepInfo(NamedTuple):
+    """What one step tells; the dictionaries are keyed by the kernels' paths. All of it lives on the device."""
+
+    loss: Array  # scalar, at the parameters before the step; the mean over micro-batches
+    aux: Any  # from the first evaluation; with a leading axis of micro-batches if there are several
+    rank: dict[str, Array]  # int32 (d,) a kernel
+    truncation_error: dict[str, Array]  # relative, of this step
+    cumulative_truncation_error: dict[str, Array]  # summed over all steps
+    status: Array  # int32 bit flags, see tdlrt_jax.describe_status
+
+
+def tdlrt_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    has_state: bool = False,
+    accumulate: int = 1,
+    donate: bool = True,
+) -> Callable[..., Any]:
+    """One jitted training step of parameters with Tucker kernels.
+
+    Args:
+      loss_fn: ``loss_fn(params, *batch) -> loss``, or ``(loss, aux)`` with ``has_aux``. With ``has_state``:
+        ``loss_fn(params, model_state, *batch) -> (loss, new_model_state)``, or ``(loss, (new_model_state, aux))``.
+      tx: a transformation with :func:`tdlrt_jax.tdlrt` in it, possibly inside ``optax.chain``, ``partition`` or ``masked``. It is
+        given ``value=`` (the loss) and ``value_and_grad_fn=``.
+      has_aux: ``loss_fn`` returns something beside the loss.
+      has_state: a model state (BatchNorm statistics) is threaded through. It moves once a step, from the first evaluation.
+      accumulate: split every batch array along its first axis into so many micro-batches; all gradients of the step, the second
+        one included, are means over them.
+      donate: let the step reuse the buffers of ``params``, ``opt_state`` and ``model_state``, which must not be used afterwards.
+
+    Returns:
+      ``step(params, opt_state, *batch) -> (params, opt_state, info)``; with ``has_state``
+      ``step(params, opt_state, model_state, *batch) -> (params, opt_state, model_state, info)``. ``info`` is a :class:`StepInfo`.
+      Where a gradient is not finite, everything stays as it was and ``info.status`` says so.
+
+    Raises:
+      ValueError: for ``accumulate`` below 1, or a batch that it does not divide.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, tdlrt_jax
+      >>> params = {"w": tdlrt_jax.hosvd(jnp.arange(12.0).reshape(3, 4) / 12, rank=2)}
+      >>> loss_fn = lambda p, x, y: jnp.mean((tdlrt_jax.tucker_linear(x, p["w"]) - y) ** 2)
+      >>> tx = tdlrt_jax.tdlrt(optax.adam(0.01), tolerance=0.05)
+      >>> step = tdlrt_jax.tdlrt_step(loss_fn, tx)
+      >>> params, opt_state, info = step(params, tx.init(params), jnp.ones((8, 3)), jnp.ones((8, 4)))
+      >>> info.rank["w"].shape
+      (2,)
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be a number of micro-batches, 1 or more")
+    tx = optax.with_extra_args_support(tx)
+
+    def with_state(params: Any, model_state: Any, *batch: Any) -> tuple[Array, tuple[Any, Any]]:
+        """Every signature of ``loss_fn`` as ``(loss, (model_state, aux))``."""
+        out = loss_fn(params, model_state, *batch) if has_state else loss_fn(params, *batch)
+        if has_state and has_aux:
+            return out
+        if has_state:
+            return out[0], (out[1], None)
+        return (out[0], (None, out[1])) if has_aux else (out, (None, None))
+
+    gradient = value_and_grad(with_state, has_aux=True)
+
+    def evaluate(params: Any, model_state: Any, batch: tuple) -> tuple[Array, Any, Any, Any]:
+        if accumulate == 1:
+            (loss, (model_state, aux)), grads = gradient(params, model_state, *batch)
+            return loss, model_state, aux, grads
+
+        def micro_step(carry: tuple, micro_batch: tuple) -> tuple:
+            model_state, loss, grads = carry
+            (value, (model_state, aux)), grad = gradient(params, model_state, *micro_batch)
+            return (model_state, loss + value, jax.tree.map(jnp.add, grads, grad)), aux
+
+        micro_batches = jax.tree.map(_split(accumulate), batch)
+        shapes = jax.eval_shape(gradient, params, model_state, *jax.tree.map(lambda leaf: leaf[0], micro_batches))
+        (loss, _), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (model_state, loss, grads), aux = jax.lax.scan(micro_step, (model_state, loss, grads), micro_batches)
+        return loss / accumulate, model_state, aux, jax.tree.map(lambda leaf: leaf / accumulate, grads)
+
+    def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
+        loss, new_model_state, aux, grads = evaluate(params, model_state, batch)
+
+        def value_and_grad_fn(at: Any) -> tuple[Array, Any]:
+            value, _, _, again = evaluate(_fill_masked(at, params), model_state, batch)
+            return value, again
+
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, value_and_grad_fn=value_and_grad_fn)
+        states = find_states(opt_state)
+        finite = jnp.all(jnp.stack([state.status & flags.NONFINITE == 0 for state in states]))
+        model_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_model_state, model_state)
+        info = StepInfo(
+            loss=loss,
+            aux=aux,
+            rank=_merge(state.rank for state in states),
+            truncation_error=_merge(state.truncation_error for state in states),
+            cumulative_truncation_error=_merge(state.cumulative_truncation_error for state in states),
+            status=_combine([state.status for state in states]),
+        )
+        return optax.apply_updates(params, updates), opt_state, model_state, info
+
+    if has_state:
+        return jax.jit(step, donate_argnums=(0, 1, 2) if donate else ())
+
+    def stateless_step(params: Any, opt_state: Any, *batch: Any) -> tuple:
+        params, opt_state, _, info = step(params, opt_state, None, *batch)
+        return params, opt_state, info
+
+    return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else ())
+
+
+def find_states(opt_state: Any) -> list[TdlrtState]:
+    """Every :class:`TdlrtState` in an optimizer's state; raises ``ValueError`` when there is none."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, TdlrtState))
+    states = [node for node in nodes if isinstance(node, TdlrtState)]
+    if not states:
+        raise ValueError("the optimizer's state holds no TdlrtState: wrap the optimizer in tdlrt_jax.tdlrt(...)")
+    return states
+
+
+def _split(parts: int) -> Callable[[Array], Array]:
+    def split(leaf: Array) -> Array:
+        if leaf.ndim == 0 or leaf.shape[0] % parts:
+            raise ValueError(
+                f"accumulate={parts} does not divide a batch array of shape {leaf.shape} along its first axis"
+            )
+        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
+
+    return split
+
+
+def _fill_masked(params: Any, full: Any) -> Any:
+    """Parameters with optax's MaskedNodes, which ``partition`` and ``masked`` put in, filled from the full ones."""
+
+    def fill(node: Any, subtree: Any) -> Any:
+        return subtree if isinstance(node, optax.MaskedNode) else node
+
+    def stop(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode) or is_kernel_node(node)
+
+    def is_kernel_node(node: Any) -> bool:
+        return is_tucker(node) or hasattr(node, "chart_to_dense")
+
+    return jax.tree.map(fill, params, full, is_leaf=stop)
+
+
+def _merge(dictionaries: Any) -> dict[str, Array]:
+    return {name: value for dictionary in dictionaries for name, value in dictionary.items()}
+
+
+def _combine(statuses: list[Array]) -> Array:
+    combined = statuses[0]
+    for status in statuses[1:]:
+        combined = combined | status
+    return combined

@@ -1,0 +1,241 @@
+"""Carries optimizer state through a change of basis.
+
+The moments of a kernel, ``(m_C, m_{K_i})``, are the coordinates of one tangent vector
+``V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}``. When the bases move, the new moments are the coordinates of
+the orthogonal projection of ``V`` onto the new tangent space. Second moments are not vectors: they are carried by the same maps
+with every matrix squared entrywise, which keeps them nonnegative and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tdlrt_jax.frame import Frame
+from tdlrt_jax.integrators import Augmented, embed
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, is_tucker, multi_mode_product, unfold
+
+__all__ = [
+    "Moment",
+    "embed_moment",
+    "find_moments",
+    "transport",
+    "transport_moment",
+    "transport_squares",
+    "turn_moment",
+]
+
+Kind = Literal["linear", "squared", "scalar"]
+
+# The fields in which optax's transformations keep averages of gradients or updates, and of their squares.
+KNOWN_FIELDS: Mapping[str, Kind] = {
+    **dict.fromkeys(["trace", "mu", "ema", "m", "acc_grads", "momentum", "exp_avg"], "linear"),
+    **dict.fromkeys(["nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v", "exp_avg_sq"], "squared"),
+}
+
+
+class Moment(NamedTuple):
+    """A leaf of the optimizer's state (flattened with kernels as leaves) that mirrors a kernel."""
+
+    position: int
+    kernel: int
+    kind: Kind
+
+
+def find_moments(
+    state: Any,
+    kernels: Sequence[tuple[tuple, TuckerTensor]],
+    fields: Mapping[str, Kind] | None = None,
+    *,
+    check_values: bool = False,
+) -> list[Moment]:
+    """The moments in an optax state: which kernel each belongs to, and how it transforms.
+
+    Args:
+      state: any optax state whose ``init`` saw kernels as ``TuckerTensor(C, K)``.
+      kernels: key path and kernel, for every kernel.
+      fields: how state fields that optax does not have transform, name to ``"linear"`` or ``"squared"``.
+      check_values: also raise for moments that do not start constant (copies of the parameters).
+
+    Raises:
+      ValueError: for state that cannot follow a change of basis, naming the state's class and field.
+    """
+    known = {**KNOWN_FIELDS, **(fields or {})}
+    moments = []
+    for position, (path, node) in enumerate(jax.tree_util.tree_flatten_with_path(state, is_leaf=is_tucker)[0]):
+        if not is_tucker(node):
+            continue
+        index = _owner(path, kernels)
+        prefix = path[: len(path) - len(kernels[index][0])]
+        name = str(getattr(prefix[-1], "name", prefix[-1])) if prefix else ""
+        where = f"{_state_class(state, prefix)}.{name} of kernel {jax.tree_util.keystr(kernels[index][0])}"
+        kernel = kernels[index][1]
+        shapes, expected = jax.tree.map(jnp.shape, node), jax.tree.map(jnp.shape, kernel)
+        if all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)) and jax.tree.leaves(node):
+            moments.append(Moment(position, index, "scalar"))
+            continue
+        if shapes != expected:
+            raise ValueError(
+                f"{where} has the shapes {shapes}, the kernel {expected}: state that is factored, or that covers only a part "
+                "of a kernel, cannot be carried through a change of basis. Use a transformation whose moments have the "
+                "shapes of the parameters, and give the core and factors of a kernel one label when partitioning"
+            )
+        if name not in known:
+            raise ValueError(
+                f"{where} is not known to be an average of gradients (linear) or of their squares (squared), so tdlrt cannot "
+                f'carry it through a change of basis. If it is one, say so: tdlrt(..., moments={{"{name}": "linear"}}); '
+                "copies of the parameters (schedule-free, prodigy, lookahead) cannot work"
+            )
+        if check_values and not all(_constant(leaf) for leaf in jax.tree.leaves(node)):
+            raise ValueError(
+                f"{where} does not start constant: it looks like a copy of the parameters, which means nothing in other bases"
+            )
+        moments.append(Moment(position, index, known[name]))
+    return moments
+
+
+def _owner(path: tuple, kernels: Sequence[tuple[tuple, TuckerTensor]]) -> int:
+    """The kernel whose key path ends the state's; the longest, when one path ends another."""
+    fits = [i for i, (key, _) in enumerate(kernels) if len(key) <= len(path) and path[len(path) - len(key) :] == key]
+    if not fits:
+        raise ValueError(
+            f"the optimizer's state holds a Tucker kernel at {jax.tree_util.keystr(path)} that no parameter path ends: "
+            "tdlrt expects state that mirrors the parameters"
+        )
+    return max(fits, key=lambda i: len(kernels[i][0]))
+
+
+def _state_class(state: Any, prefix: tuple) -> str:
+    """The innermost NamedTuple on the way to a leaf, which in optax names the transformation."""
+    name, node = type(state).__name__, state
+    for key in prefix:
+        if hasattr(node, "_fields"):
+            name = type(node).__name__
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+    return name
+
+
+def _constant(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer) or leaf.size == 0 or bool(np.ptp(np.asarray(leaf)) == 0)
+
+
+def embed_moment(moment: TuckerTensor, augmented: Augmented, kind: Kind) -> Array:
+    """A moment as a core in the augmented bases, ``(R_1 + A_1, ...)``, see :func:`tdlrt_jax.integrators.embed`."""
+    return embed(moment, _squared_bases(augmented) if kind == "squared" else augmented)
+
+
+def turn_moment(
+    moment: TuckerTensor, augmented: Augmented, turns: tuple[Array | None, ...] | None, kind: Kind
+) -> Array:
+    """The moment of the core in the bases of the Galerkin step, where line 9 takes it up.
+
+    Args:
+      moment: in the coordinates of the frame, before the step.
+      augmented: the augmented bases.
+      turns: ``(R_i + A_i, M_i)``, from the augmented bases to those of the Galerkin step; None where they agree.
+      kind: how the moment transforms.
+
+    Returns:
+      ``(M_1, ..., M_d)``.
+    """
+    core = embed_moment(moment, augmented, kind)
+    if turns is None:
+        return core
+    return multi_mode_product(core, _squares(turns) if kind == "squared" else turns, transpose=True)
+
+
+def transport_moment(
+    core: Array,
+    K: Sequence[Array | None],
+    augmented: Augmented,
+    rotations: Sequence[Array | None],
+    frame: Frame,
+    kind: Kind,
+) -> TuckerTensor:
+    """:func:`transport` or :func:`transport_squares`, by the kind of the moment."""
+    move = transport_squares if kind == "squared" else transport
+    return move(core, K, augmented, rotations, frame)
+
+
+def transport(
+    core: Array,
+    K: Sequence[Array | None],
+    augmented: Augmented,
+    rotations: Sequence[Array | None],
+    frame: Frame,
+) -> TuckerTensor:
+    """Projects a tangent vector onto the tangent space at the next kernel.
+
+    Args:
+      core: the vector's part within the augmented bases, ``(R_1 + A_1, ..., R_d + A_d)``.
+      K: ``m_{K_i}`` in the old frame; only what lies outside of the augmented bases is read.
+      augmented: old frame and augmented bases.
+      rotations: ``P_i``, from the augmented bases to the new ones.
+      frame: at the next kernel.
+
+    Returns:
+      ``TuckerTensor(m_C, m_{K_i})`` in the coordinates of ``frame``.
+    """
+    moments: list[Array | None] = []
+    overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(rotations, augmented.frame.U)]
+    for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
+        if basis is None:
+            moments.append(None)
+            continue
+        columns = unfold(q_new, mode).T
+        within = _dot(unfold(multi_mode_product(core, rotations, transpose=True, skip=mode), mode), columns)
+        within = within - _dot(p, _dot(p.T, within))
+        outside = k - _dot(basis, _dot(basis.T, k))
+        change = _dot(unfold(multi_mode_product(q_old, overlaps, transpose=True, skip=mode), mode), columns)
+        moments.append(_dot(basis, within) + _dot(outside, change))
+    return TuckerTensor(multi_mode_product(core, rotations, transpose=True), tuple(moments))
+
+
+def transport_squares(
+    core: Array,
+    K: Sequence[Array | None],
+    augmented: Augmented,
+    rotations: Sequence[Array | None],
+    frame: Frame,
+) -> TuckerTensor:
+    """Carries a second moment: the maps of :func:`transport` with every matrix squared entrywise, ``v <- (T ∘ T) v``.
+
+    ``(T sqrt(v))^2`` would cancel and make steps of many learning rates. What the augmented core and ``K`` both describe is taken
+    once, as the larger of the two; no entry can grow.
+    """
+    moments: list[Array | None] = []
+    squared = _squares(tuple(rotations))
+    overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(squared, augmented.frame.U)]
+    for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
+        if basis is None:
+            moments.append(None)
+            continue
+        columns = unfold(q_new, mode).T ** 2
+        within = _dot(unfold(multi_mode_product(core, squared, transpose=True, skip=mode), mode), columns)
+        leaving = (jnp.eye(p.shape[0], dtype=p.dtype) - _dot(p, p.T)) ** 2
+        change = _dot(unfold(multi_mode_product(q_old**2, overlaps, transpose=True, skip=mode), mode), columns)
+        moments.append(jnp.maximum(_dot(basis**2, _dot(leaving, within)), _dot(k, change)))
+    return TuckerTensor(multi_mode_product(core, squared, transpose=True), tuple(moments))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def _squares(matrices: tuple[Array | None, ...] | None) -> tuple[Array | None, ...] | None:
+    return None if matrices is None else tuple(None if m is None else m**2 for m in matrices)
+
+
+def _squared_bases(augmented: Augmented) -> Augmented:
+    frame = augmented.frame
+    return Augmented(frame._replace(U=_squares(frame.U), Q=_squares(frame.Q)), _squares(augmented.new))

@@ -1,0 +1,359 @@
+"""Rank choice and HOSVD truncation at static shapes (line 11 of Algorithm 1).
+
+Modes are truncated one after the other. Each is rotated by all eigenvectors of its Gram matrix, an ``m × m`` problem instead of
+a wide SVD, and cut on the energies of the rotated slices: these are sums of squares of numbers actually stored, so they are
+accurate far below the square root of the machine precision at which the Gram matrix's eigenvalues end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, fold, mode_product, unfold
+
+__all__ = ["RankPolicy", "Truncated", "hosvd", "max_capacity", "truncate"]
+
+Criterion = Literal["tail", "each"]
+Convention = Literal["shared", "per_mode", "absolute"]
+CRITERIA = ("tail", "each")
+CONVENTIONS = ("shared", "per_mode", "absolute")
+
+# Below this tolerance the eigenvectors of the Gram matrix no longer separate the directions near the cut in float32.
+REFINE_BELOW = 1e-3
+
+
+class RankPolicy(NamedTuple):
+    """How a tolerance becomes ranks. Static (hashable); one a kernel.
+
+    criterion: ``"tail"`` drops the largest tail whose norm is within the threshold (the paper); ``"each"`` drops every singular
+      value under the threshold, which is idempotent: repeated truncation of the same kernel changes nothing.
+    convention: the threshold of one mode. ``"shared"``: ``tau ||C|| / sqrt(m)`` over the ``m`` modes that are not whole, so that
+      the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A matrix is
+      truncated once, with the whole ``tau``.
+    spare: directions kept beyond what the tolerance asks for.
+    min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
+    """
+
+    criterion: Criterion = "tail"
+    convention: Convention = "shared"
+    spare: int = 0
+    min_rank: int | tuple[int, ...] = 1
+    max_rank: int | tuple[int, ...] | None = None
+
+
+class Truncated(NamedTuple):
+    """A truncated core and how it came about: ``core = C ×_i P_i^T`` and ``||C - core ×_i P_i|| = error ||C||``."""
+
+    core: Array  # (R_1, ..., R_d), zero beyond the ranks
+    rotations: tuple[
+        Array | None, ...
+    ]  # P_i, (m_i, R_i) with orthonormal columns up to the rank; None for a whole mode
+    rank: Array  # int32 (d,)
+    error: Array  # scalar, relative to ||C||
+    bound: Array  # bool (d,): a max_rank or the capacity kept the rank below what the tolerance asks for
+
+
+def check_policy(policy: RankPolicy, order: int) -> None:
+    """Raises ``ValueError`` for options that cannot work on a kernel of the given order."""
+    if policy.criterion not in CRITERIA:
+        raise ValueError(f"criterion={policy.criterion!r} is unknown: expected one of {CRITERIA}")
+    if policy.convention not in CONVENTIONS:
+        raise ValueError(f"convention={policy.convention!r} is unknown: expected one of {CONVENTIONS}")
+    if policy.spare < 0:
+        raise ValueError(f"spare={policy.spare} must be a number of directions, 0 or more")
+    lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
+    for mode, (low, high) in enumerate(zip(lows, highs)):
+        if low < 1:
+            raise ValueError(f"min_rank={low} for mode {mode}: a rank is at least 1")
+        if high is not None and high < low:
+            raise ValueError(f"max_rank={high} for mode {mode} is below its min_rank={low}")
+
+
+def check_tolerance(tolerance: float, convention: Convention = "shared") -> None:
+    """Raises ``ValueError`` unless ``tolerance`` is a usable number for the convention."""
+    if not math.isfinite(tolerance) or tolerance < 0:
+        raise ValueError(f"tolerance={tolerance}: expected a finite number, 0 (keep everything) or more")
+    if convention != "absolute" and tolerance >= 1:
+        raise ValueError(
+            f"tolerance={tolerance}: a relative tolerance is below 1 (1 would drop the whole kernel); "
+            'for a threshold in the units of the kernel use convention="absolute"'
+        )
+
+
+def per_mode(bound: int | Sequence[int] | None, order: int, name: str) -> tuple:
+    """A bound as a tuple with one entry a mode."""
+    if bound is None or isinstance(bound, int):
+        return (bound,) * order
+    if len(bound) != order:
+        raise ValueError(f"{name}={tuple(bound)} has {len(bound)} entries for a kernel with {order} modes")
+    return tuple(bound)
+
+
+def max_capacity(shape: Sequence[int], rank: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The largest useful ranks: ``R_i <= min(n_i, prod_{j != i} R_j)``, starting from ``rank`` (default: the shape).
+
+    Example:
+      >>> max_capacity((3, 3, 1, 64))
+      (3, 3, 1, 9)
+    """
+    sizes = [min(n, r) for n, r in zip(shape, rank or shape)]
+    for _ in sizes:  # a bound that falls can lower the others, at most once a mode
+        sizes = [min(size, math.prod(sizes[:mode] + sizes[mode + 1 :])) for mode, size in enumerate(sizes)]
+    return tuple(sizes)
+
+
+def thresholds(tolerance: Array, norm: Array, whole: Sequence[bool], policy: RankPolicy) -> list[Array]:
+    """The threshold of each mode, relative to ``||C||``; a matrix spends everything on its first mode."""
+    if policy.convention == "absolute":
+        tolerance = tolerance / norm
+    compressed = [mode for mode, is_whole in enumerate(whole) if not is_whole]
+    if len(whole) == 2 and len(compressed) == 2:
+        return [tolerance, jnp.zeros_like(tolerance)]
+    if policy.convention != "per_mode":
+        tolerance = tolerance / math.sqrt(max(len(compressed), 1))
+    return [tolerance] * len(whole)
+
+
+def choose_rank(energies: Array, threshold: Array, policy: RankPolicy) -> Array:
+    """How many of the descending slice energies (of a core of norm 1) to keep, before bounds: an int32 scalar.
+
+    ``tail``: the smallest r with ``sum_{j >= r} e_j <= threshold^2``. ``each``: how many exceed ``threshold^2``. Slices below the
+    rounding of the core's norm are noise and always go; ``spare`` more of the others stay.
+    """
+    eps = jnp.finfo(energies.dtype).eps
+    limit = threshold**2 * (1 - 100 * eps)
+    kept = energies if policy.criterion == "each" else jnp.cumsum(energies[::-1])[::-1]
+    above_noise = jnp.sum(energies > (4 * eps) ** 2, dtype=jnp.int32)
+    return jnp.minimum(jnp.sum(kept > limit, dtype=jnp.int32) + policy.spare, above_noise)
+
+
+def principal_rotation(matrix: Array, valid: Array, refine: Array | bool) -> tuple[Array, Array, Array]:
+    """All left principal directions of a matrix, by descending energy.
+
+    Args:
+      matrix: ``(m, k)``, of norm 1 at most; zero in rows that are not valid.
+      valid: ``(m,)`` booleans; the directions of the other rows come last.
+      refine: a boolean, possibly traced; resolve the directions whose rows fell under 1e-3 of the largest by a second eigenproblem.
+
+    Returns:
+      ``V`` ``(m, m)``, ``V^T matrix`` and the energies of its rows ``(m,)``.
+    """
+    size = matrix.shape[0]
+    gram = jnp.matmul(matrix, matrix.T, precision=HIGHEST)
+    gram = jnp.where(valid[:, None] & valid[None, :], gram, 0) - jnp.diag(jnp.where(valid, 0.0, 1.0).astype(gram.dtype))
+    eigenvalues, vectors = jnp.linalg.eigh(gram)
+    vectors = jnp.where(valid[:, None], vectors, 0)
+    rotated = jnp.matmul(vectors.T, matrix, precision=HIGHEST)
+    energies = jnp.sum(rotated**2, axis=1)
+    order = jnp.argsort(jnp.where(eigenvalues < -0.5, -1, energies), descending=True)
+    vectors, rotated, energies = vectors[:, order], rotated[order], energies[order]
+
+    def resolve_small(vectors: Array, rotated: Array, energies: Array) -> tuple[Array, Array, Array]:
+        small = (energies < 1e-6 * energies[0]) & (energies > 0)
+        scale = jnp.sqrt(jnp.max(jnp.where(small, energies, 0)))
+        rows = jnp.where(small[:, None], rotated, 0) / jnp.where(scale > 0, scale, 1)
+        gram = jnp.matmul(rows, rows.T, precision=HIGHEST)
+        # Rows that are not small keep their place: they come first in the order as they do in energy, zero rows last.
+        keep = jnp.where(small, 0.0, jnp.where(energies > 0, 2.0 * size, -1.0)).astype(gram.dtype)
+        _, turn = jnp.linalg.eigh(gram + jnp.diag(keep))
+        turn = turn[:, ::-1]
+        turn = jnp.where(small[:, None] & small[None, :], turn, 0) + jnp.diag(jnp.where(small, 0, 1).astype(turn.dtype))
+        rotated = jnp.matmul(turn.T, rotated, precision=HIGHEST)
+        energies = jnp.sum(rotated**2, axis=1)
+        order = jnp.argsort(
+            jnp.where(small, energies, jnp.where(energies > 0, jnp.inf, -1)), descending=True, stable=True
+        )
+        vectors = jnp.matmul(vectors, turn, precision=HIGHEST)
+        return vectors[:, order], rotated[order], energies[order]
+
+    if refine is True:
+        return resolve_small(vectors, rotated, energies)
+    return jax.lax.cond(refine, resolve_small, lambda *parts: parts, vectors, rotated, energies)
+
+
+def truncate(
+    core: Array,
+    tolerance: Array | float,
+    *,
+    capacity: Sequence[int] | None = None,
+    whole: Sequence[bool] | None = None,
+    valid: Sequence[Array | None] | None = None,
+    policy: RankPolicy = RankPolicy(),
+    floor: Array | None = None,
+) -> Truncated:
+    """Truncates a core to a relative tolerance by sequential HOSVD, at static shapes.
+
+    Finds ranks with ``||C - C^|| <= tau ||C||``, each the smallest that the convention allows, and the rotations ``P_i`` with
+    ``C^ = core ×_i P_i``. Not meant to be differentiated.
+
+    Args:
+      core: ``C``, ``(m_1, ..., m_d)``; computed on in float32 at least.
+      tolerance: ``tau``, a scalar, possibly traced; 0 keeps everything above rounding.
+      capacity: static sizes of the result, at most ``m_i``; default: those of the core.
+      whole: modes to leave alone.
+      valid: per mode ``(m_i,)`` booleans, the basis columns that exist; ``None`` for all. The core is zero elsewhere.
+      policy: criterion, convention, spare directions and bounds.
+      floor: ranks ``(d,)`` not to go below, traced (warm-up); the capacity still wins.
+
+    Returns:
+      A :class:`Truncated`.
+
+    Source: the rounding task of section 3.1, line 11 of Algorithm 1.
+    """
+    order = core.ndim
+    whole = tuple(whole or (False,) * order)
+    sizes = tuple(min(m, c) for m, c in zip(core.shape, capacity or core.shape))
+    lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
+    dtype = jnp.promote_types(core.dtype, jnp.float32)
+    tolerance = jnp.asarray(tolerance, dtype)
+
+    largest = jnp.max(jnp.abs(core)).astype(dtype)
+    working = core.astype(dtype) / jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(working)
+    working = working / jnp.where(norm > 0, norm, 1)
+    limits = thresholds(tolerance, jnp.where(norm > 0, norm * largest, 1), whole, policy)
+
+    rotations: list[Array | None] = [None] * order
+    masks = [jnp.ones(m, bool) if valid is None or valid[i] is None else valid[i] for i, m in enumerate(core.shape)]
+    dropped = jnp.zeros((), dtype)
+    bound = [jnp.zeros((), bool)] * order
+    for mode in range(order):
+        if whole[mode]:
+            continue
+        v, rows, energies = principal_rotation(unfold(working, mode), masks[mode], tolerance < REFINE_BELOW)
+        wanted = choose_rank(energies, limits[mode], policy)
+        others = math.prod([sizes[j] if j < mode else core.shape[j] for j in range(order) if j != mode])
+        low = jnp.maximum(lows[mode], 0 if floor is None else floor[mode])
+        high = jnp.minimum(jnp.sum(masks[mode], dtype=jnp.int32), min(sizes[mode], others))
+        high = high if highs[mode] is None else jnp.minimum(high, highs[mode])
+        rank = jnp.maximum(jnp.clip(wanted, low, jnp.maximum(high, low)), 1)
+        rank = jnp.minimum(rank, jnp.maximum(high, 1))
+        bound[mode] = wanted > rank
+        keep = jnp.arange(core.shape[mode]) < rank
+        dropped = dropped + jnp.sum(jnp.where(keep, 0, energies))
+        keep = keep[: sizes[mode]]
+        rotations[mode] = jnp.where(keep, v[:, : sizes[mode]], 0)
+        shape = (*working.shape[:mode], sizes[mode], *working.shape[mode + 1 :])
+        working = fold(jnp.where(keep[:, None], rows[: sizes[mode]], 0), mode, shape)
+        masks[mode] = keep
+
+    working, rotations, masks = _make_ranks_consistent(working, rotations, masks, whole)
+    ranks = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in masks])
+    scale = jnp.where(norm > 0, norm, 1) * jnp.where(largest > 0, largest, 1)
+    return Truncated((working * scale).astype(core.dtype), tuple(rotations), ranks, jnp.sqrt(dropped), jnp.stack(bound))
+
+
+def _make_ranks_consistent(
+    core: Array, rotations: list[Array | None], masks: list[Array], whole: Sequence[bool]
+) -> tuple[Array, list[Array | None], list[Array]]:
+    """Removes exactly dependent slices: a rank never exceeds the product of the others, ``r_i <= prod_{j != i} r_j``.
+
+    Cutting a later mode can leave an earlier one with more slices than its unfolding has columns.
+    """
+    order = core.ndim
+
+    def limit(masks: list[Array], mode: int) -> Array:
+        ranks = [jnp.sum(mask).astype(jnp.float32) for mask in masks]
+        others = math.prod(ranks[:mode] + ranks[mode + 1 :], start=jnp.ones((), jnp.float32))
+        return jnp.minimum(others, core.shape[mode]).astype(jnp.int32)
+
+    def inconsistent(carry: tuple) -> Array:
+        masks = carry[2]
+        violated = [jnp.sum(masks[mode]) > limit(masks, mode) for mode in range(order) if not whole[mode]]
+        return jnp.any(jnp.stack(violated)) if violated else jnp.zeros((), bool)
+
+    def sweep(carry: tuple) -> tuple:
+        core, rotations, masks = carry[0], list(carry[1]), list(carry[2])
+        for mode in range(order):
+            if whole[mode]:
+                continue
+            v, rows, _ = principal_rotation(unfold(core, mode), masks[mode], True)
+            keep = jnp.arange(core.shape[mode]) < jnp.minimum(limit(masks, mode), jnp.sum(masks[mode]))
+            rotations[mode] = jnp.matmul(rotations[mode], jnp.where(keep, v, 0), precision=HIGHEST)
+            core = fold(jnp.where(keep[:, None], rows, 0), mode, core.shape)
+            masks[mode] = keep
+        return core, tuple(rotations), masks
+
+    core, fixed, masks = jax.lax.while_loop(inconsistent, sweep, (core, tuple(rotations), masks))
+    return core, list(fixed), masks
+
+
+def hosvd(
+    tensor: Array,
+    *,
+    rank: Sequence[int | None] | int | None = None,
+    tolerance: float | None = None,
+    criterion: Criterion = "tail",
+    convention: Convention = "shared",
+) -> TuckerTensor:
+    """The Tucker decomposition of a full tensor by sequential HOSVD.
+
+    Args:
+      tensor: ``(n_1, ..., n_d)``, floating, d >= 2.
+      rank: static capacities of the result, one for all modes (clipped to each) or one a mode; ``None`` entries leave a mode
+        whole. Default: lossless.
+      tolerance: ``tau``; the active ranks are the smallest with a relative error within it. The arrays keep the capacities
+        (``tdlrt_jax.resize`` cuts them), so this runs under ``jit``.
+      criterion, convention: what the tolerance means, see :class:`RankPolicy`.
+
+    Returns:
+      A :class:`TuckerTensor` with orthonormal factors; capacities are lowered to ``R_i <= prod_{j != i} R_j``.
+
+    Raises:
+      ValueError: for a rank outside ``1..n_i``, a tolerance that is not usable, or a tensor that is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> kernel = hosvd(jnp.outer(jnp.arange(1.0, 4.0), jnp.ones(5)), tolerance=0.01)
+      >>> kernel.core.shape, tdlrt_jax.active_rank(kernel).tolist()
+      ((3, 3), [1, 1])
+
+    Source: section 2.1; Kolda & Bader (2009) for the truncated HOSVD, used sequentially.
+    """
+    tensor = jnp.asarray(tensor)
+    sizes, whole = check_ranks(rank, tensor.shape)
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"tensor has dtype {tensor.dtype}: a Tucker kernel is floating, convert it first")
+    if tolerance is not None:
+        check_tolerance(tolerance, convention)
+    core = tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
+    bases: list[Array | None] = [None] * tensor.ndim
+    for mode in range(tensor.ndim):
+        rows = unfold(core, mode)
+        if not whole[mode] and rows.shape[0] > rows.shape[1]:  # a tall unfolding: its row space is all there is
+            bases[mode], triangular = jnp.linalg.qr(rows)
+            core = fold(triangular, mode, (*core.shape[:mode], rows.shape[1], *core.shape[mode + 1 :]))
+    policy = RankPolicy(criterion, convention, min_rank=1 if tolerance is not None else sizes)
+    cut = truncate(core, 0.0 if tolerance is None else tolerance, capacity=sizes, whole=whole, policy=policy)
+    factors = [p if basis is None or p is None else mode_product(p, basis, 0) for basis, p in zip(bases, cut.rotations)]
+    return TuckerTensor(
+        cut.core.astype(tensor.dtype), tuple(f if f is None else f.astype(tensor.dtype) for f in factors)
+    )
+
+
+def check_ranks(
+    rank: Sequence[int | None] | int | None, shape: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Capacities and whole modes for a requested rank; raises ``ValueError`` naming the mode that does not fit."""
+    if len(shape) < 2:
+        raise ValueError(f"a Tucker kernel has at least two modes, got shape {tuple(shape)}")
+    if rank is None or isinstance(rank, int):
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank={rank}: a rank is at least 1")
+        ranks: list[int | None] = [n if rank is None else min(rank, n) for n in shape]
+    else:
+        ranks = list(rank)
+    if len(ranks) != len(shape):
+        raise ValueError(f"rank={tuple(ranks)} has {len(ranks)} entries for a kernel of shape {tuple(shape)}")
+    for mode, (r, n) in enumerate(zip(ranks, shape)):
+        if r is not None and not 1 <= r <= n:
+            raise ValueError(f"rank {r} of mode {mode} is outside 1..{n} (kernel shape {tuple(shape)})")
+    whole = tuple(r is None for r in ranks)
+    sizes = max_capacity(shape, [n if r is None else r for r, n in zip(ranks, shape)])
+    return tuple(n if w else s for n, s, w in zip(shape, sizes, whole)), whole
