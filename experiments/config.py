@@ -70,15 +70,17 @@ class ModelConfig:
     method: Literal["tdlrt", "dense"] = "tdlrt"
     """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
     linear: bool = True
-    """Whether the linear layers are in Tucker format too (as low-rank matrices); the paper's table compresses convolutions only."""
-    rank: float = 1.0
-    """Initial rank: up to 1 a fraction of each mode's size, above 1 a count (and at most the mode's size)."""
+    """Hidden linear layers in Tucker format too (as low-rank matrices). The paper compresses convolutions only."""
+    rank: int | float = 1.0
+    """Initial rank of the channel modes: a fraction of the mode's size (0.5, 1.0), or a count (8)."""
+    initialization: Literal["dense", "hosvd", "spectral"] = "dense"
+    """dense: random subspaces of the usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
         _at_least(self, "rank", 0.0, strict=True)
-        if self.rank > 1 and self.rank != int(self.rank):
-            raise ValueError(f"--rank {self.rank}: expected a fraction up to 1 or a whole number")
+        if isinstance(self.rank, float) and self.rank > 1:
+            raise ValueError(f"--rank {self.rank}: expected a fraction up to 1.0 or a whole number")
 
 
 @dataclass(frozen=True)

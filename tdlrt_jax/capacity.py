@@ -30,8 +30,8 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
 
     Args:
       tree: a kernel, or any pytree with kernels in it. Host side, concrete values.
-      capacity: for every kernel, one number for all modes (clipped to what is useful) or one a mode; or a mapping from kernel
-        paths to these, in which kernels that are not named keep theirs.
+      capacity: for every kernel, one number for all modes or one a mode, both lowered to what is useful
+        (``R_i <= prod_{j != i} R_j``); or a mapping from kernel paths to these, in which kernels that are not named keep theirs.
 
     Returns:
       The tree with resized kernels. Whole modes stay.
@@ -69,11 +69,11 @@ def _wanted(name: str, wanted: Capacity | Mapping[str, Capacity]) -> Capacity | 
 def _resize_kernel(name: str, kernel: TuckerTensor, wanted: Capacity) -> TuckerTensor:
     shape, present = kernel_shape(kernel), capacity(kernel)
     order = len(shape)
-    if isinstance(wanted, int):
-        wanted = max_capacity(shape, [min(n, wanted) for n in shape])
-    sizes = [size if factor is None else w for size, factor, w in zip(present, kernel.factors, wanted)]
-    if len(tuple(wanted)) != order or any(not 1 <= size <= n for size, n in zip(sizes, shape)):
-        raise ValueError(f"kernel {name!r} of shape {shape}: capacity {tuple(wanted)} needs one number in 1..n a mode")
+    sizes = [min(n, wanted) for n in shape] if isinstance(wanted, int) else list(wanted)
+    if len(sizes) != order or any(not 1 <= size <= n for size, n in zip(sizes, shape)):
+        raise ValueError(f"kernel {name!r} of shape {shape}: capacity {wanted} needs one number in 1..n a mode")
+    useful = max_capacity(shape, [size if u is None else s for size, u, s in zip(present, kernel.factors, sizes)])
+    sizes = [size if u is None else s for size, u, s in zip(present, kernel.factors, useful)]
 
     def fit(array: Array, targets: Sequence[int]) -> Array:
         for axis, target in enumerate(targets):
@@ -151,6 +151,6 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
         q, triangular = jnp.linalg.qr(factor)
         bases.append(q)
         core = multi_mode_product(core, [triangular if j == mode else None for j in range(core.ndim)])
-    cut = truncate(core, 0.0, whole=[u is None for u in kernel.factors])
+    cut = truncate(core, 0.0, whole=tuple(u is None for u in kernel.factors))
     factors = [None if q is None else jnp.matmul(q, p, precision=HIGHEST) for q, p in zip(bases, cut.rotations)]
     return TuckerTensor(cut.core, tuple(factors))

@@ -65,7 +65,7 @@ def save(
         "checksums": {name: _checksum(array) for name, array in arrays.items()},
         "metadata": dict(metadata or {}),
     }
-    with _manager(directory, keep) as manager:
+    with _manager(directory, keep=keep, writing=True) as manager:
         if step in manager.all_steps():
             raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
         composite = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
@@ -133,9 +133,9 @@ def all_steps(directory: PathLike) -> list[int]:
         return sorted(manager.all_steps())
 
 
-def _manager(directory: PathLike, keep: int | None = None) -> ocp.CheckpointManager:
+def _manager(directory: PathLike, *, keep: int | None = None, writing: bool = False) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=keep is not None
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=writing
     )
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)

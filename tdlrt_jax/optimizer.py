@@ -7,6 +7,7 @@ turns its updates into the next kernel, and the transport carries its state alon
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -234,6 +235,11 @@ def _check_kernel(name: str, kernel: TuckerTensor) -> None:
             raise ValueError(
                 f"kernel {name!r}: factor {mode} has shape {factor.shape}, its core mode size {size}: expected (n, {size}) with "
                 f"n >= {size}"
+            )
+        if factor is not None and size > math.prod(core.shape) // size:
+            raise ValueError(
+                f"kernel {name!r}: capacity {size} of mode {mode} exceeds the product of the others (core shape {core.shape}), so "
+                "its unfolding cannot have that rank. tdlrt_jax.resize(kernel, core.shape) lowers it"
             )
     for leaf in jax.tree.leaves(kernel):
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.finfo(leaf.dtype).bits < 32:

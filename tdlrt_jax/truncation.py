@@ -1,6 +1,6 @@
 """Rank choice and HOSVD truncation at static shapes (line 11 of Algorithm 1).
 
-Modes are truncated one after the other. Each is rotated by all eigenvectors of its Gram matrix, an ``m × m`` problem instead of
+Modes are truncated one after the other. Each is rotated by all eigenvectors of its Gram matrix, a small problem instead of
 a wide SVD, and cut on the energies of the rotated slices: these are sums of squares of numbers actually stored, so they are
 accurate far below the square root of the machine precision at which the Gram matrix's eigenvalues end.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -24,8 +25,9 @@ Convention = Literal["shared", "per_mode", "absolute"]
 CRITERIA = ("tail", "each")
 CONVENTIONS = ("shared", "per_mode", "absolute")
 
-# Below this tolerance the eigenvectors of the Gram matrix no longer separate the directions near the cut in float32.
+# Below this tolerance one round of eigenvectors no longer separates the directions near the cut in float32.
 REFINE_BELOW = 1e-3
+ALL_ROUNDS = 4
 
 
 class RankPolicy(NamedTuple):
@@ -45,6 +47,9 @@ class RankPolicy(NamedTuple):
     spare: int = 0
     min_rank: int | tuple[int, ...] = 1
     max_rank: int | tuple[int, ...] | None = None
+
+
+DEFAULT_POLICY = RankPolicy()
 
 
 class Truncated(NamedTuple):
@@ -121,70 +126,78 @@ def thresholds(tolerance: Array, norm: Array, whole: Sequence[bool], policy: Ran
 
 
 def choose_rank(energies: Array, threshold: Array, policy: RankPolicy) -> Array:
-    """How many of the descending slice energies (of a core of norm 1) to keep, before bounds: an int32 scalar.
+    """How many of the slice energies (of a core of norm 1, descending to rounding) to keep, before bounds: an int32 scalar.
 
-    ``tail``: the smallest r with ``sum_{j >= r} e_j <= threshold^2``. ``each``: how many exceed ``threshold^2``. Slices below the
-    rounding of the core's norm are noise and always go; ``spare`` more of the others stay.
+    ``tail``: the smallest r with ``sum_{j >= r} e_j <= threshold^2``. ``each``: the smallest r with all ``e_j <= threshold^2`` from r
+    on. Slices below the rounding of the core's norm are noise and always go; ``spare`` more of the others stay.
     """
     eps = jnp.finfo(energies.dtype).eps
     limit = threshold**2 * (1 - 100 * eps)
     kept = energies if policy.criterion == "each" else jnp.cumsum(energies[::-1])[::-1]
-    above_noise = jnp.sum(energies > (4 * eps) ** 2, dtype=jnp.int32)
-    return jnp.minimum(jnp.sum(kept > limit, dtype=jnp.int32) + policy.spare, above_noise)
+    return jnp.minimum(_last_above(kept, limit) + policy.spare, _last_above(energies, (4 * eps) ** 2))
 
 
-def principal_rotation(matrix: Array, valid: Array, refine: Array | bool) -> tuple[Array, Array, Array]:
+def _last_above(values: Array, limit: Array | float) -> Array:
+    """One more than the last index at which ``values > limit``, 0 if there is none."""
+    return jnp.max(jnp.where(values > limit, jnp.arange(1, values.shape[0] + 1), 0)).astype(jnp.int32)
+
+
+def principal_rotation(matrix: Array, valid: Array, rounds: Array | int) -> tuple[Array, Array, Array]:
     """All left principal directions of a matrix, by descending energy.
+
+    The Gram matrix is only good to ``eps`` of its norm, so a direction of relative size ``s`` leaks ``eps / s`` into the smaller
+    ones. In every further round the rows under a tenth of the largest so far are rotated again by the eigenvectors of their own
+    Gram matrix; after :data:`ALL_ROUNDS` all directions are separated to rounding.
 
     Args:
       matrix: ``(m, k)``, of norm 1 at most; zero in rows that are not valid.
-      valid: ``(m,)`` booleans; the directions of the other rows come last.
-      refine: a boolean, possibly traced; resolve the directions whose rows fell under 1e-3 of the largest by a second eigenproblem.
+      valid: ``(m,)`` booleans, the directions that exist.
+      rounds: how many to do, possibly traced; fewer are done where nothing small is left.
 
     Returns:
-      ``V`` ``(m, m)``, ``V^T matrix`` and the energies of its rows ``(m,)``.
+      ``V`` ``(m, m)``, with orthonormal columns for the valid directions, then zero ones; ``V^T matrix``; and the energies of its
+      rows, ``(m,)``.
     """
     size = matrix.shape[0]
-    gram = jnp.matmul(matrix, matrix.T, precision=HIGHEST)
-    gram = jnp.where(valid[:, None] & valid[None, :], gram, 0) - jnp.diag(jnp.where(valid, 0.0, 1.0).astype(gram.dtype))
-    eigenvalues, vectors = jnp.linalg.eigh(gram)
-    vectors = jnp.where(valid[:, None], vectors, 0)
-    rotated = jnp.matmul(vectors.T, matrix, precision=HIGHEST)
-    energies = jnp.sum(rotated**2, axis=1)
-    order = jnp.argsort(jnp.where(eigenvalues < -0.5, -1, energies), descending=True)
-    vectors, rotated, energies = vectors[:, order], rotated[order], energies[order]
+    index = jnp.arange(size)
 
-    def resolve_small(vectors: Array, rotated: Array, energies: Array) -> tuple[Array, Array, Array]:
-        small = (energies < 1e-6 * energies[0]) & (energies > 0)
-        scale = jnp.sqrt(jnp.max(jnp.where(small, energies, 0)))
-        rows = jnp.where(small[:, None], rotated, 0) / jnp.where(scale > 0, scale, 1)
-        gram = jnp.matmul(rows, rows.T, precision=HIGHEST)
-        # Rows that are not small keep their place: they come first in the order as they do in energy, zero rows last.
-        keep = jnp.where(small, 0.0, jnp.where(energies > 0, 2.0 * size, -1.0)).astype(gram.dtype)
-        _, turn = jnp.linalg.eigh(gram + jnp.diag(keep))
-        turn = turn[:, ::-1]
-        turn = jnp.where(small[:, None] & small[None, :], turn, 0) + jnp.diag(jnp.where(small, 0, 1).astype(turn.dtype))
-        rotated = jnp.matmul(turn.T, rotated, precision=HIGHEST)
-        energies = jnp.sum(rotated**2, axis=1)
-        order = jnp.argsort(
-            jnp.where(small, energies, jnp.where(energies > 0, jnp.inf, -1)), descending=True, stable=True
+    def rotate(carry: tuple) -> tuple:
+        round_, vectors, rows, selected, exists = carry
+        largest = jnp.max(jnp.where(selected[:, None], jnp.abs(rows), 0))
+        chosen = jnp.where(selected[:, None], rows, 0) / jnp.where(largest > 0, largest, 1)
+        # In descending order: rows that keep their place, the selected ones by energy, those that do not exist.
+        place = jnp.where(selected, 0.0, jnp.where(exists, 2.0 * matrix.size, -1.0)).astype(rows.dtype)
+        _, turn = jnp.linalg.eigh(jnp.matmul(chosen, chosen.T, precision=HIGHEST) + jnp.diag(place))
+        before = jnp.sum(exists & ~selected)
+        columns = (index >= before) & (index < before + jnp.sum(selected))
+        turn = jnp.where(selected[:, None] & columns, turn[:, ::-1], 0) + jnp.diag(
+            (exists & ~selected).astype(rows.dtype)
         )
-        vectors = jnp.matmul(vectors, turn, precision=HIGHEST)
-        return vectors[:, order], rotated[order], energies[order]
+        rows = jnp.matmul(turn.T, rows, precision=HIGHEST)
+        exists = index < jnp.sum(exists)
+        energies = jnp.sum(rows**2, axis=1)
+        leading = jnp.max(jnp.where(columns, energies, 0))
+        small = exists & (jnp.cumsum(columns & (energies < 1e-2 * leading)) > 0)
+        return round_ + 1, jnp.matmul(vectors, turn, precision=HIGHEST), rows, small, exists
 
-    if refine is True:
-        return resolve_small(vectors, rotated, energies)
-    return jax.lax.cond(refine, resolve_small, lambda *parts: parts, vectors, rotated, energies)
+    start = (jnp.zeros((), jnp.int32), jnp.eye(size, dtype=matrix.dtype), matrix, valid, valid)
+
+    def unfinished(carry: tuple) -> Array:
+        return (carry[0] < rounds) & jnp.any(carry[3])
+
+    _, vectors, rows, _, _ = jax.lax.while_loop(unfinished, rotate, start)
+    return vectors, rows, jnp.sum(rows**2, axis=1)
 
 
+@partial(jax.jit, static_argnames=("capacity", "whole", "policy"))
 def truncate(
     core: Array,
     tolerance: Array | float,
     *,
-    capacity: Sequence[int] | None = None,
-    whole: Sequence[bool] | None = None,
+    capacity: tuple[int, ...] | None = None,
+    whole: tuple[bool, ...] | None = None,
     valid: Sequence[Array | None] | None = None,
-    policy: RankPolicy = RankPolicy(),
+    policy: RankPolicy = DEFAULT_POLICY,
     floor: Array | None = None,
 ) -> Truncated:
     """Truncates a core to a relative tolerance by sequential HOSVD, at static shapes.
@@ -207,7 +220,7 @@ def truncate(
     Source: the rounding task of section 3.1, line 11 of Algorithm 1.
     """
     order = core.ndim
-    whole = tuple(whole or (False,) * order)
+    whole = whole or (False,) * order
     sizes = tuple(min(m, c) for m, c in zip(core.shape, capacity or core.shape))
     lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
     dtype = jnp.promote_types(core.dtype, jnp.float32)
@@ -221,12 +234,14 @@ def truncate(
 
     rotations: list[Array | None] = [None] * order
     masks = [jnp.ones(m, bool) if valid is None or valid[i] is None else valid[i] for i, m in enumerate(core.shape)]
+    # Spare directions lie below the cut, so they need one round more than the tolerance does.
+    rounds = jnp.where(tolerance < REFINE_BELOW, ALL_ROUNDS, 2 if policy.spare else 1)
     dropped = jnp.zeros((), dtype)
     bound = [jnp.zeros((), bool)] * order
     for mode in range(order):
         if whole[mode]:
             continue
-        v, rows, energies = principal_rotation(unfold(working, mode), masks[mode], tolerance < REFINE_BELOW)
+        v, rows, energies = principal_rotation(unfold(working, mode), masks[mode], rounds)
         wanted = choose_rank(energies, limits[mode], policy)
         others = math.prod([sizes[j] if j < mode else core.shape[j] for j in range(order) if j != mode])
         low = jnp.maximum(lows[mode], 0 if floor is None else floor[mode])
@@ -273,7 +288,7 @@ def _make_ranks_consistent(
         for mode in range(order):
             if whole[mode]:
                 continue
-            v, rows, _ = principal_rotation(unfold(core, mode), masks[mode], True)
+            v, rows, _ = principal_rotation(unfold(core, mode), masks[mode], ALL_ROUNDS)
             keep = jnp.arange(core.shape[mode]) < jnp.minimum(limit(masks, mode), jnp.sum(masks[mode]))
             rotations[mode] = jnp.matmul(rotations[mode], jnp.where(keep, v, 0), precision=HIGHEST)
             core = fold(jnp.where(keep[:, None], rows, 0), mode, core.shape)
@@ -322,6 +337,14 @@ def hosvd(
         raise ValueError(f"tensor has dtype {tensor.dtype}: a Tucker kernel is floating, convert it first")
     if tolerance is not None:
         check_tolerance(tolerance, convention)
+    policy = RankPolicy(criterion, convention, min_rank=1 if tolerance is not None else sizes)
+    return _hosvd(tensor, 0.0 if tolerance is None else tolerance, sizes, whole, policy)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _hosvd(
+    tensor: Array, tolerance: Array, sizes: tuple[int, ...], whole: tuple[bool, ...], policy: RankPolicy
+) -> TuckerTensor:
     core = tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
     bases: list[Array | None] = [None] * tensor.ndim
     for mode in range(tensor.ndim):
@@ -329,8 +352,7 @@ def hosvd(
         if not whole[mode] and rows.shape[0] > rows.shape[1]:  # a tall unfolding: its row space is all there is
             bases[mode], triangular = jnp.linalg.qr(rows)
             core = fold(triangular, mode, (*core.shape[:mode], rows.shape[1], *core.shape[mode + 1 :]))
-    policy = RankPolicy(criterion, convention, min_rank=1 if tolerance is not None else sizes)
-    cut = truncate(core, 0.0 if tolerance is None else tolerance, capacity=sizes, whole=whole, policy=policy)
+    cut = truncate(core, tolerance, capacity=sizes, whole=whole, policy=policy)
     factors = [p if basis is None or p is None else mode_product(p, basis, 0) for basis, p in zip(bases, cut.rotations)]
     return TuckerTensor(
         cut.core.astype(tensor.dtype), tuple(f if f is None else f.astype(tensor.dtype) for f in factors)

@@ -146,10 +146,15 @@ def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame
 
     dM = _transpose(lambda m: _convolve(how, a, m), kernel, p)
     merged = _merged_factors(how, U)
-    dcore = multi_mode_product(dM, merged, transpose=True)
+    channels = len(U) - 2
+    # The spatial modes and the core share the products with the large channel factors.
+    inner = multi_mode_product(dM, (None,) * channels + merged[channels:], transpose=True)
+    spatial = (*merged[:channels], None, None)
+    dcore = multi_mode_product(inner, spatial, transpose=True)
     for mode, factor in enumerate(merged):
         if factor is not None:
-            rest = multi_mode_product(dM, merged, transpose=True, skip=mode)
+            source, matrices = (inner, spatial) if mode < channels else (dM, merged)
+            rest = multi_mode_product(source, matrices, transpose=True, skip=mode)
             dK[mode] = jnp.matmul(unfold(rest, mode), unfold(Q[mode], mode).T, precision=HIGHEST).astype(K[mode].dtype)
     return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None)  # type: ignore[arg-type]
 

@@ -202,25 +202,33 @@ def work_of(
 
     merged = [r is not None for r in rank[:-2]]
     merged += [rank[-2] is not None and not stream_in, rank[-1] is not None and not stream_out]
-    kernel = _kernel_work(kernel_shape, full, merged, different_kernels=stream_in + stream_out or 1)
+    # The two passes share one kernel, M[C], only where nothing is streamed.
+    kernel = _kernel_work(kernel_shape, full, merged, different_kernels=2 if stream_in or stream_out else 1)
     return Work(products, 2 * products, kernel, 3 * elements, 3 * patches)
 
 
 def _kernel_work(shape: Sequence[int], rank: Sequence[int], merged: Sequence[bool], *, different_kernels: int) -> int:
-    """Multiply-adds for the ``M[X]``, ``dC`` and the ``dK_i`` of merged modes, in ``multi_mode_product``'s order."""
+    """Multiply-adds to form the ``M[X]`` and to contract ``dM`` to ``dC`` and the ``dK_i`` of merged modes."""
+    modes = [mode for mode, is_merged in enumerate(merged) if is_merged]
+    spatial = [mode for mode in modes if mode < len(shape) - 2]
+    channels = [mode for mode in modes if mode not in spatial]
+    gradient = [n if is_merged else r for n, r, is_merged in zip(shape, rank, merged)]
+    inner = [*gradient[:-2], *rank[-2:]]
+    work = different_kernels * _product_work(rank, shape, modes)
+    work += _product_work(gradient, rank, channels) + _product_work(inner, rank, spatial)
+    for mode in modes:
+        start, others = (inner, spatial) if mode in spatial else (gradient, modes)
+        work += _product_work(start, rank, [other for other in others if other != mode])
+        work += shape[mode] * math.prod(rank)
+    return work
 
-    def expand(skip: int | None = None) -> int:
-        sizes, work = list(rank), 0
-        for mode in sorted(range(len(sizes)), key=lambda i: shape[i] / rank[i]):
-            if merged[mode] and mode != skip:
-                sizes[mode] = shape[mode]
-                work += math.prod(sizes) * rank[mode]
-        return work
 
-    work = (different_kernels + 1) * expand()  # contracting the gradient retraces the products backwards
-    for mode, is_merged in enumerate(merged):
-        if is_merged:
-            work += expand(skip=mode) * shape[mode] // rank[mode] + math.prod(rank) * shape[mode]
+def _product_work(sizes: Sequence[int], goal: Sequence[int], modes: Sequence[int]) -> int:
+    """Multiply-adds of ``multi_mode_product``, which multiplies first where the result grows least."""
+    sizes, work = list(sizes), 0
+    for mode in sorted(modes, key=lambda i: goal[i] / sizes[i]):
+        work += math.prod(sizes) * goal[mode]
+        sizes[mode] = goal[mode]
     return work
 
 

@@ -68,17 +68,23 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     norm = jnp.linalg.norm(columns)
     columns = columns / jnp.where(norm > 0, norm, 1)
     columns = _project_out(_project_out(columns, basis), basis)
-    for kept in (step.shape[1], width):  # cut only once the dependent directions have been found
+
+    def separate(_: int, columns: Array) -> Array:
         _, vectors = jnp.linalg.eigh(jnp.matmul(columns.T, columns, precision=HIGHEST))
-        columns = jnp.matmul(columns, vectors[:, ::-1][:, :kept], precision=HIGHEST)
+        columns = jnp.matmul(columns, vectors[:, ::-1], precision=HIGHEST)
         norms = jnp.linalg.norm(columns, axis=0)
         columns = jnp.where(norms > floor, columns / jnp.where(norms > 0, norms, 1), 0)
-        columns = _project_out(columns, basis)
+        return _project_out(columns, basis)
+
+    columns = jax.lax.fori_loop(0, 2, separate, columns)[:, :width]
     active = active_columns(columns)
-    for _ in range(2):
+
+    def orthonormalize(_: int, columns: Array) -> Array:
         gram = jnp.matmul(columns.T, columns, precision=HIGHEST)
         triangular = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype)))
-        columns = jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
+        return jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
+
+    columns = jax.lax.fori_loop(0, 2, orthonormalize, columns)
     return jnp.where(active, columns, 0)
 
 

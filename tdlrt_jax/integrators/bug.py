@@ -38,7 +38,7 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
         jnp.where(_outer(valid, point.core.shape), point.core + increment, 0),
         truncation.tolerance,
         capacity=sizes,
-        whole=[basis is None for basis in point.bases],
+        whole=tuple(basis is None for basis in point.bases),
         valid=valid,
         policy=truncation.policy,
         floor=truncation.floor,

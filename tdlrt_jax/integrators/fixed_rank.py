@@ -11,7 +11,7 @@ from jax import Array
 
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
-from tdlrt_jax.truncation import principal_rotation
+from tdlrt_jax.truncation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_columns, active_rank, multi_mode_product, unfold
 
 __all__ = ["fixed_rank"]
@@ -35,7 +35,7 @@ def basis_step(augmented: Augmented, step: TuckerTensor) -> Galerkin:
         old = jnp.matmul(u.T, k, precision=HIGHEST) + within
         stepped = jnp.concatenate([old, jnp.matmul(new.T, dk, precision=HIGHEST)])
         exists = jnp.concatenate([active_columns(u), active_columns(new)])
-        turns_of_mode, _, _ = principal_rotation(_normalized(stepped), exists, True)
+        turns_of_mode, _, _ = principal_rotation(_normalized(stepped), exists, ALL_ROUNDS)
         turn = jnp.where(active_columns(u), turns_of_mode[:, : u.shape[1]], 0)
         turns.append(turn)
         carried.append(turn[: u.shape[1]])

@@ -24,8 +24,6 @@ __all__ = ["TuckerConv", "TuckerLinear"]
 default_kernel_init = initializers.lecun_normal()
 default_bias_init = initializers.zeros
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
-# Paddings that are filled in before the convolution, which cannot do it where the input is dilated too.
-FILLED = ("CIRCULAR", "REFLECT", "CAUSAL")
 
 
 class TuckerConv(nnx.Module):
@@ -36,7 +34,8 @@ class TuckerConv(nnx.Module):
     :func:`tdlrt_jax.nn.tdlrt`.
 
     Args:
-      in_features, out_features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count: the
+      in_features, out_features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count:
+      the
         geometry, as in ``flax.nnx.Conv``.
       use_bias: whether to add a bias.
       mask: an array of the dense kernel's shape to multiply the kernel with. The dense kernel is then built in every
@@ -57,9 +56,9 @@ class TuckerConv(nnx.Module):
         spatial modes start at full rank; or one entry a mode, ``(spatial..., in, out)``, ``None`` for a mode that stays
         whole. Lowered where a Tucker tensor cannot have it. See :func:`tdlrt_jax.initialization.kernel_rank`. Ranks
         never exceed these capacities until ``tdlrt_jax.resize`` grows them.
-      initialization: ``"dense"``: random subspaces, entries of the variance that ``kernel_init`` draws; ``"hosvd"``: its
-        draw, truncated and rescaled to its norm; ``"spectral"``: singular values that decay with powers of ten; or a
-        function, see :func:`tdlrt_jax.initialization.initial_kernel`.
+      initialization: ``"dense"``: random subspaces, entries of the variance that ``kernel_init`` draws; ``"hosvd"``:
+        its draw, truncated and rescaled to its norm; ``"spectral"``: singular values that decay with powers of ten; or
+        a function, see :func:`tdlrt_jax.initialization.initial_kernel`.
       plan: how the kernel is applied, see :func:`tdlrt_jax.tucker_conv`; chosen by counted work by default.
 
     Raises:
@@ -69,8 +68,10 @@ class TuckerConv(nnx.Module):
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> layer = TuckerConv(3, 16, kernel_size=(3, 3), rank=0.5, rngs=nnx.Rngs(0))
-      >>> layer.kernel.core.shape, layer(jnp.ones((2, 8, 8, 3))).shape
-      ((3, 3, 2, 8), (2, 8, 8, 16))
+      >>> layer.kernel.core.shape
+      (3, 3, 2, 8)
+      >>> jax.eval_shape(layer, jnp.ones((2, 8, 8, 3))).shape
+      (2, 8, 8, 16)
 
     Source: paper, section 2.1.
     """
@@ -135,7 +136,7 @@ class TuckerConv(nnx.Module):
         self.kernel_dilation = _hashable(kernel_dilation)
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
-        self.mask = mask
+        self.mask = nnx.data(mask)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
@@ -154,18 +155,17 @@ class TuckerConv(nnx.Module):
         Returns:
           ``(batch..., spatial'..., out)``.
         """
-        kernel = self.kernel.get_value()
+        kernel: Any = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         inputs, bias = _promote(self, inputs, kernel, bias)
         if self.mask is not None:
             kernel = to_dense(kernel) * self.mask
         if self.conv_general_dilated is lax.conv_general_dilated and out_sharding is None:
-            inputs, padding = self._filled(inputs)
             y = tucker_conv(
                 inputs,
                 kernel,
                 strides=self.strides,
-                padding=padding,
+                padding=self.padding,
                 dilation=self.kernel_dilation,
                 groups=self.feature_group_count,
                 input_dilation=self.input_dilation,
@@ -177,30 +177,15 @@ class TuckerConv(nnx.Module):
             y = self._dense_convolution(inputs, to_dense(kernel).astype(inputs.dtype), out_sharding)
         return y if bias is None else y + bias
 
-    def _filled(self, inputs: Array) -> tuple[Array, PaddingLike]:
-        """The input padded where its own padding must come before its dilation, and the padding that is left to do."""
-        if self.padding not in FILLED or self.input_dilation in (None, 1):
-            return inputs, self.padding
-        spatial = len(self.kernel_size)
-        image = inputs.shape[inputs.ndim - 1 - spatial : -1]
-        geometry, border = resolve(self.kernel_size, image, padding=self.padding, dilation=self.kernel_dilation)
-        flat = inputs.reshape(-1, *image, inputs.shape[-1])
-        if border is None:
-            flat = jnp.pad(flat, ((0, 0), *geometry.padding, (0, 0)))
-        else:
-            flat, _ = pad_border(flat, geometry, border)
-        return flat.reshape(*inputs.shape[: inputs.ndim - 1 - spatial], *flat.shape[1:]), "VALID"
-
     def _dense_convolution(self, inputs: Array, kernel: Array, out_sharding: Any) -> Array:
         """The convolution by the dense kernel, with the function that the user chose."""
-        inputs, padding = self._filled(inputs)
         spatial = len(self.kernel_size)
         lead, image = inputs.shape[: inputs.ndim - 1 - spatial], inputs.shape[inputs.ndim - 1 - spatial : -1]
         geometry, border = resolve(
             self.kernel_size,
             image,
             strides=self.strides,
-            padding=padding,
+            padding=self.padding,
             dilation=self.kernel_dilation,
             input_dilation=self.input_dilation,
         )
@@ -230,12 +215,13 @@ class TuckerLinear(nnx.Module):
     Trained with :func:`tdlrt_jax.nn.tdlrt` it is a layer of matrix DLRT.
 
     Args:
-      in_features, out_features, use_bias, dtype, param_dtype, precision, preferred_element_type, kernel_init, bias_init,
+      in_features, out_features, use_bias, dtype, param_dtype, precision, preferred_element_type, kernel_init,
+      bias_init,
         promote_dtype, rngs, kernel_metadata, bias_metadata: as in ``flax.nnx.Linear``, with the remarks of
         :class:`TuckerConv`.
       dot_general: a product to use in the place of :func:`tdlrt_jax.tucker_linear`; it is given the dense weight.
-      rank: ``None`` for full rank; an int (count) or a float (fraction of the mode's size), the smaller mode decides; or
-        ``(in, out)``, ``None`` for a mode that stays whole.
+      rank: ``None`` for full rank; an int (count) or a float (fraction of the mode's size), the smaller mode decides;
+        or ``(in, out)``, ``None`` for a mode that stays whole.
       initialization, plan: as in :class:`TuckerConv`.
 
     Raises:
@@ -305,7 +291,7 @@ class TuckerLinear(nnx.Module):
         Returns:
           ``(batch..., out)``.
         """
-        kernel = self.kernel.get_value()
+        kernel: Any = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         inputs, bias = _promote(self, inputs, kernel, bias)
         if self.dot_general is lax.dot_general and out_sharding is None:
@@ -328,8 +314,8 @@ def _promote(
 ) -> tuple[Array, Array | None]:
     """Input and bias in the dtype of the computation; kernels are formed in their own and cast after that.
 
-    A scalar stands for the kernel. Where a kernel is wider only because factors are never narrower than float32, it counts
-    as ``param_dtype``.
+    A scalar stands for the kernel. Where a kernel is wider only because factors are never narrower than float32, it
+    counts as ``param_dtype``.
     """
     stored = jax.tree.leaves(kernel)[0].dtype
     widened = stored == jnp.promote_types(layer.param_dtype, jnp.float32)

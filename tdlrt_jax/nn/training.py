@@ -3,18 +3,227 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
 
 import tdlrt_jax.frame
 import tdlrt_jax.optimizer
 from tdlrt_jax import status as flags
 from tdlrt_jax.frame import is_kernel
-from tdlrt_jax.step import StepInfo, step_info
+from tdlrt_jax.step import StepInfo, find_states
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
+
+
+def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+    """The model's structure, the Variables that ``wrt`` selects, and the rest of them; as they are now.
+
+    The Variables are copies: those of ``nnx.split`` would follow the model.
+    """
+    graphdef, *states = nnx.split(model, wrt, ...)
+    selected, rest = jax.tree.map(lambda leaf: leaf, states)
+    return graphdef, selected, rest
+
+
+class Functional(NamedTuple):
+    """A model taken apart: ``loss_fn(model, *batch)`` as a function of its parameters without Variables."""
+
+    loss: Callable[..., Any]  # (params, *batch) -> (value, (rest, aux)), params a pytree of arrays and kernels
+    params: Any  # the parameters, without Variables
+    rest: nnx.State  # everything else: BatchNorm statistics, random counters
+    rewrap: Callable[[Any], nnx.State]  # a tree of the parameters' structure into their Variables
+
+
+def _functional(loss_fn: Callable[..., Any], model: Any, wrt: Any, has_aux: bool) -> Functional:
+    graphdef, variables, rest = _split(model, wrt)
+    treedef: Any = jax.tree.structure(variables, is_leaf=is_kernel)
+
+    def rewrap(params: Any) -> nnx.State:
+        # By leaves, so that a Frame may stand where a kernel was.
+        return treedef.unflatten(jax.tree.leaves(params, is_leaf=is_kernel))
+
+    def loss(params: Any, *args: Any, **kwargs: Any) -> Any:
+        # A plain merge would hand out the caller's Variables, which may not be changed inside of a transformation.
+        copied = nnx.merge(graphdef, rewrap(params), rest, copy=True)
+        out = loss_fn(copied, *args, **kwargs)
+        value, aux = out if has_aux else (out, None)
+        return value, (_split(copied, wrt)[2], aux)
+
+    return Functional(loss, nnx.as_pure(variables), rest, rewrap)
+
+
+def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param) -> Callable[..., Any]:
+    """``nnx.value_and_grad`` in the model, with the gradients of Theorem 1 for its Tucker kernels.
+
+    What ``loss_fn`` changes in the model beside the parameters (BatchNorm statistics, dropout's counters) is changed in
+    the model given, as by ``nnx.value_and_grad``.
+
+    Args:
+      loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
+      has_aux: as in ``nnx.value_and_grad``.
+      wrt: filter for the Variables to differentiate in; that of ``nnx.Optimizer``.
+
+    Returns:
+      ``f(model, *batch) -> (value, grads)``; ``grads`` is an ``nnx.State`` of the parameters' structure, for
+      ``nnx.Optimizer.update(model, grads)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import tdlrt_jax.nn
+      >>> model = tdlrt_jax.nn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
+      >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> value, grads = tdlrt_jax.nn.value_and_grad(loss_fn)(model, jnp.ones((3, 6)))
+      >>> grads["kernel"].get_value().core.shape
+      (2, 2)
+
+    Source: Theorem 1, equation (8).
+    """
+
+    def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = _functional(loss_fn, model, wrt, has_aux)
+        gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
+        (value, (rest, aux)), grads = gradient(parts.params, *args, **kwargs)
+        nnx.update(model, rest)
+        return ((value, aux) if has_aux else value), parts.rewrap(grads)
+
+    return evaluate
+
+
+def value_and_grad_fn(
+    loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param
+) -> Callable[..., Callable[[Any], tuple[Any, Any]]]:
+    """What ``"bug"`` and ``"fixed_rank"`` ask for: the gradient at other parameters, for the same batch.
+
+    Take it *before* :func:`value_and_grad` changes the model, so that both evaluations see the same random numbers and
+    statistics::
+
+        again = nn.value_and_grad_fn(loss_fn)(model, x, y)
+        loss, grads = nn.value_and_grad(loss_fn)(model, x, y)
+        optimizer.update(model, grads, value_and_grad_fn=again)
+
+    :func:`tdlrt_step` does this. Nothing in the model changes here.
+
+    Args:
+      loss_fn, has_aux, wrt: those of :func:`value_and_grad`.
+
+    Returns:
+      ``f(model, *batch) -> g``, and ``g(params) -> (value, grads)`` with the parameters as ``nnx.Optimizer`` hands them
+      to optax, without Variables.
+    """
+
+    def fix(model: Any, *args: Any, **kwargs: Any) -> Callable[[Any], tuple[Any, Any]]:
+        parts = _functional(loss_fn, model, wrt, has_aux)
+        gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
+
+        def evaluate(params: Any) -> tuple[Any, Any]:
+            (value, (_, aux)), grads = gradient(params, *args, **kwargs)
+            return ((value, aux) if has_aux else value), grads
+
+        return evaluate
+
+    return fix
+
+
+def tdlrt(inner: optax.GradientTransformation, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """:func:`tdlrt_jax.tdlrt` for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
+
+    ``nnx.Optimizer`` initializes with Variables and updates with arrays; a state whose fields hold kernels does not
+    survive that. Here both are arrays. Integrators with two evaluations get theirs by
+    ``optimizer.update(model, grads, value_and_grad_fn=...)``, see :func:`value_and_grad_fn`.
+
+    Args:
+      inner: an optax transformation, the descent step.
+      **options: of :func:`tdlrt_jax.tdlrt`, ``tolerance`` among them.
+
+    Returns:
+      An optax transformation. Where parameters come with Variables, updates do so too.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import tdlrt_jax.nn
+      >>> model = tdlrt_jax.nn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
+      >>> tx = tdlrt_jax.nn.tdlrt(optax.sgd(0.1), tolerance=0.1, integrator="parallel")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+      ...     loss, grads = tdlrt_jax.nn.value_and_grad(loss_fn)(model, x)
+      ...     optimizer.update(model, grads)
+      ...     return loss
+      >>> losses = [float(step(model, optimizer, jnp.ones((3, 6)))) for _ in range(3)]
+      >>> losses[2] < losses[0]
+      True
+    """
+    transformation = tdlrt_jax.optimizer.tdlrt(inner, **options)
+
+    def init(params: Any) -> Any:
+        return transformation.init(nnx.as_pure(params))
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = transformation.update(nnx.as_pure(grads), nnx.as_pure(state), nnx.as_pure(params), **extra)
+        treedef: Any = jax.tree.structure(params)
+        return treedef.unflatten(jax.tree.leaves(updates)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., StepInfo]:
+    """One jitted training step of an nnx model, in place; :func:`tdlrt_jax.tdlrt_step` with nnx's conventions.
+
+    Args:
+      loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
+      has_aux: ``loss_fn`` returns something beside the loss.
+
+    Returns:
+      ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
+      of :func:`tdlrt`. The model's other state moves once, from the first evaluation; where a gradient is not finite,
+      model and optimizer stay as they were and ``info.status`` says so.
+
+    Raises:
+      ValueError: if there is no :func:`tdlrt` in the optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import tdlrt_jax.nn
+      >>> model = tdlrt_jax.nn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
+      >>> tx = tdlrt_jax.nn.tdlrt(optax.sgd(0.1), tolerance=0.1)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> step = tdlrt_jax.nn.tdlrt_step(lambda model, x: jnp.mean((model(x) - 1) ** 2))
+      >>> losses = [float(step(model, optimizer, jnp.ones((3, 6))).loss) for _ in range(3)]
+      >>> losses[2] < losses[0]
+      True
+    """
+
+    @nnx.jit
+    def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
+        wrt = optimizer.wrt
+        rest = nnx.as_pure(_split(model, wrt)[2])
+        again = value_and_grad_fn(loss_fn, has_aux, wrt=wrt)(model, *batch)
+        out, grads = value_and_grad(loss_fn, has_aux, wrt=wrt)(model, *batch)
+        loss, aux = out if has_aux else (out, None)
+        optimizer.update(model, grads, value=loss, value_and_grad_fn=again)
+
+        states = find_states(nnx.as_pure(optimizer.opt_state))
+        status = states[0].status
+        for state in states[1:]:
+            status = status | state.status
+        moved = nnx.as_pure(_split(model, wrt)[2])
+        finite = status & flags.NONFINITE == 0
+        nnx.update(model, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, rest))
+        return StepInfo(
+            loss=loss,
+            aux=aux,
+            rank={k: v for s in states for k, v in s.rank.items()},
+            truncation_error={k: v for s in states for k, v in s.truncation_error.items()},
+            cumulative_truncation_error={k: v for s in states for k, v in s.cumulative_truncation_error.items()},
+            status=status,
+        )
+
+    return step

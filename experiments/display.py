@@ -1,0 +1,108 @@
+"""What a job shows while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.metrics import Layer, Totals
+
+__all__ = ["Display", "layer_table"]
+
+
+class Display:
+    """A live progress bar on a terminal, one plain line an epoch elsewhere. A context manager."""
+
+    def __init__(self, console: Console, epochs: int, steps_per_epoch: int, done: int = 0):
+        self.console = console
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.done = done  # steps before this session
+        self.started = time.monotonic()
+        self.values = {"loss": float("nan"), "accuracy": float("nan"), "compression": 0.0}
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  test {task.fields[accuracy]:.2%}"),
+            TextColumn("compression {task.fields[compression]:.1%}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(
+            "training", total=epochs * steps_per_epoch, completed=done, epoch="-", **self.values
+        )
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def step(self, epoch: int, steps: int, loss: float) -> None:
+        """After a step: ``steps`` are done in all."""
+        self.values["loss"] = loss
+        self.progress.update(self.task, completed=steps, epoch=f"{epoch}/{self.epochs}", **self.values)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """After an epoch, with its line of ``metrics.jsonl``."""
+        self.values.update(accuracy=record["test_accuracy"], compression=record["compression_all"])
+        self.progress.update(self.task, **self.values)
+        if not self.console.is_terminal:
+            done = record["epoch"] * self.steps_per_epoch
+            pace = (time.monotonic() - self.started) / max(done - self.done, 1)
+            left = pace * (self.epochs * self.steps_per_epoch - done)
+            self.console.print(
+                f"epoch {record['epoch']}/{self.epochs}  loss {record['train_loss']:.4f}  "
+                f"train {record['train_accuracy']:.2%}  test {record['test_accuracy']:.2%}  "
+                f"compression {record['compression_all']:.1%} (convolutions {record['compression_conv']:.1%})  "
+                f"{record['seconds']:.1f} s, {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def layer_table(summary: list[Layer], total: Totals) -> Table:
+    """Shapes, ranks in the paper's order, weights and compression, layer by layer and in all."""
+    table = Table(
+        title="Weights (biases not counted); shapes and ranks as (out, in, height, width)", title_justify="left"
+    )
+    table.add_column("layer", no_wrap=True)
+    for header in ("shape", "rank", "dense", "stored", "compression"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for layer in sorted(summary, key=lambda layer: layer.kind):  # convolutions first
+        rank = "dense" if layer.rank is None else _product(layer.rank)
+        table.add_row(
+            layer.name,
+            _product(layer.shape),
+            rank,
+            f"{layer.full:,}",
+            f"{layer.parameters:,}",
+            f"{layer.compression:.1%}",
+        )
+    table.add_section()
+    table.add_row(
+        "convolutions only",
+        "",
+        "",
+        f"{total.conv_full:,}",
+        f"{total.conv_parameters:,}",
+        f"{total.conv_compression:.1%}",
+    )
+    table.add_row("whole network", "", "", f"{total.full:,}", f"{total.parameters:,}", f"{total.compression:.1%}")
+    return table
+
+
+def _product(numbers: tuple[int, ...]) -> str:
+    return "×".join(map(str, numbers))

@@ -1,0 +1,390 @@
+"""The main job: trains a network, watches it, and keeps what it finds in a run directory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import tdlrt_jax
+from experiments import data, plots
+from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
+from experiments.build import build_model, build_optimizer, learning_rate
+from experiments.config import TrainConfig
+from experiments.display import Display, layer_table
+from experiments.interruption import Interruption
+from experiments.metrics import layer_name, layers, paper_order, singular_values, totals
+from experiments.programs import Programs, StepReport, TrainState, build_programs
+from experiments.run_directory import RunDirectory, environment
+from tdlrt_jax import checkpoint
+from tdlrt_jax.status import RANK_AT_CAPACITY
+
+__all__ = ["Outcome", "run"]
+
+# Steps that may be under way before the host looks at the first of them: enough that none waits for the host, few enough
+# that a signal is answered soon.
+_AHEAD = 4
+_KEEP = 2  # checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    exit_code: int  # 0 finished, 1 not finite, 130 or 143 interrupted
+    directory: Path
+    result: dict[str, Any] | None  # the content of result.json, if finished
+
+
+@dataclasses.dataclass
+class Sums:
+    """What an epoch has added up so far; saved with a checkpoint in its midst."""
+
+    steps: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+    compilations: int = 0
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or a gradient is not finite."""
+
+    def __init__(self, epoch: int, step: int, loss: float):
+        super().__init__(f"epoch {epoch}, step {step}")
+        self.epoch, self.step, self.loss = epoch, step, loss
+
+
+def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console | None = None) -> Outcome:
+    """Trains as the options say.
+
+    Args:
+      config: the options.
+      argv: the command line, for the records.
+      console: where to show progress; default standard output.
+
+    Returns:
+      How it ended; files are in its directory (see :class:`~experiments.run_directory.RunDirectory`).
+
+    Raises:
+      RunDirectoryError: if the directory cannot be used; nothing is changed then.
+      FileNotFoundError, ValueError: for data that are not there, or options that do not go together.
+    """
+    console = console or Console()
+    argv = argv or []
+    directory = RunDirectory.open(config)
+    finished = directory.result()
+    if finished is not None:
+        console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
+        return Outcome(0, directory.path, finished)
+    with Interruption() as interruption:
+        _use_compilation_cache(config.data.cache_dir)
+        loaded = data.load(
+            config.data.dataset,
+            data_dir=config.data.data_dir,
+            cache_dir=config.data.cache_dir,
+            validation=config.data.validation,
+            limit=config.data.limit,
+        )
+        job = _Job(config, loaded, console, interruption)
+        if not config.run.resume:
+            directory.begin(config.to_json(), environment(argv))
+        return job.run(directory)
+
+
+class _Job:
+    """One session of training, from the start or from a checkpoint."""
+
+    def __init__(self, config: TrainConfig, loaded: data.Dataset, console: Console, interruption: Interruption):
+        self.config, self.console, self.interruption = config, console, interruption
+        count, batch = len(loaded.train.labels), config.optimizer.batch_size
+        if count < batch:
+            raise ValueError(f"--batch-size {batch}: there are only {count} training images")
+        self.loaded = loaded
+        self.steps_per_epoch = count // batch
+        model = build_model(config.model, loaded, config.run.seed)
+        tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
+        transform = transform_of(loaded, config.data.augmented)
+        self.programs: Programs
+        self.state: TrainState
+        self.programs, self.state = build_programs(model, tx, transform, seed=config.run.seed)
+        self.train = to_device(loaded.train)
+        self.held_out: dict[str, DeviceImages] = {"test": to_device(loaded.test)}
+        if loaded.validation is not None:
+            self.held_out["validation"] = to_device(loaded.validation)
+        self.epoch = 0  # epochs completed
+        self.sums = Sums()
+        self.status = 0  # flags of all steps of this session
+        self.history: list[dict[str, Any]] = []
+
+    def run(self, directory: RunDirectory) -> Outcome:
+        """Trains to the end, or until a signal or a number that is not finite."""
+        from tensorboardX import SummaryWriter
+
+        self.directory = directory
+        if self.config.run.resume:
+            self._restore()
+        self._announce()
+        purge_step = self._global_step() + 1 if self.config.run.resume else None
+        writer = SummaryWriter(str(directory.tensorboard), purge_step=purge_step)
+        epochs = self.config.optimizer.epochs
+        try:
+            with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
+                while self.epoch < epochs:
+                    if not self._train_epoch(display):
+                        return self._interrupted()
+                    self._close_epoch(display, writer)
+                    if self.interruption.signal is not None and self.epoch < epochs:
+                        return self._interrupted()
+        except NotFiniteError as error:
+            return self._stopped(error)
+        finally:
+            writer.close()
+        return self._finish()
+
+    # One epoch.
+
+    def _train_epoch(self, display: Display) -> bool:
+        """The steps of an epoch that are left to do; ``False`` if a signal ended it early."""
+        order = epoch_order(
+            self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
+        )
+        epoch, under_way = jnp.int32(self.epoch), collections.deque[StepReport]()
+        compiled, started = self.programs.compilations, time.monotonic()
+        try:
+            for step in range(self.sums.steps, self.steps_per_epoch):
+                if self.interruption.signal is not None:
+                    break
+                self.state, report = self.programs.train(self.state, self.train, order, epoch, jnp.int32(step))
+                under_way.append(report)
+                if len(under_way) > _AHEAD:
+                    self._read(under_way.popleft(), display)
+            while under_way:
+                self._read(under_way.popleft(), display)
+        finally:
+            self.sums.seconds += time.monotonic() - started
+            self.sums.compilations += self.programs.compilations - compiled
+        return self.sums.steps == self.steps_per_epoch
+
+    def _read(self, report: StepReport, display: Display) -> None:
+        """Waits for a step and adds its numbers up."""
+        loss, hits, finite, status = jax.device_get(report)
+        if not finite:
+            raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, float(loss))
+        self.sums.steps += 1
+        self.sums.loss += float(loss)
+        self.sums.correct += int(hits)
+        display.step(self.epoch + 1, self._global_step(), float(loss))
+        self.status |= int(status)
+
+    def _close_epoch(self, display: Display, writer: Any) -> None:
+        """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
+        record = self._record()
+        self.directory.append(record)
+        self.history.append(record)
+        display.epoch(record)
+        for name, value in _scalars(record):
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()
+        if self.config.tdlrt.resize:
+            self._fit_arrays()
+            self.status &= ~RANK_AT_CAPACITY
+        self.epoch, self.sums = self.epoch + 1, Sums()
+        self._save()
+
+    def _record(self) -> dict[str, Any]:
+        started = time.monotonic()
+        images = self.steps_per_epoch * self.config.optimizer.batch_size
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self._global_step(),
+            "train_loss": self.sums.loss / self.steps_per_epoch,
+            "train_accuracy": self.sums.correct / images,
+        }
+        for name, images_ in self.held_out.items():
+            record[f"{name}_loss"], record[f"{name}_accuracy"] = self.programs.evaluate(self.state, images_)
+        summary = layers(self.state.params)
+        total = totals(summary)
+        opt_state = jax.device_get(self.state.opt_state)
+        record |= {
+            "compression_conv": total.conv_compression,
+            "compression_all": total.compression,
+            "weights": total.parameters,
+            "ranks": {layer.name: layer.rank for layer in summary if layer.rank is not None},
+            "capacities": {
+                layer_name(name): paper_order(kernel.core.shape)
+                for name, kernel in tdlrt_jax.kernel_paths(self.state.params).items()
+            },
+            "truncation_error": {layer_name(k): float(v) for k, v in opt_state.truncation_error.items()},
+            "cumulative_truncation_error": {
+                layer_name(k): float(v) for k, v in opt_state.cumulative_truncation_error.items()
+            },
+            "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, opt_state),
+            "seconds": self.sums.seconds,
+            "evaluation_seconds": time.monotonic() - started,
+            "compilations": self.sums.compilations,
+        }
+        return record
+
+    def _fit_arrays(self) -> None:
+        """Lets the arrays follow the ranks, where that is worth a compilation."""
+        bound = self.config.tdlrt.max_rank
+        kernels = tdlrt_jax.kernel_paths(self.state.params)
+        bounds = {name: [bound] * kernel.core.ndim for name, kernel in kernels.items()} if bound else None
+        wanted = tdlrt_jax.fit_capacity(self.state.params, max_rank=bounds)
+        if any(tuple(kernels[name].core.shape) != tuple(size) for name, size in wanted.items()):
+            params, opt_state = (tdlrt_jax.resize(tree, wanted) for tree in (self.state.params, self.state.opt_state))
+            self.state = self.state._replace(params=params, opt_state=opt_state)
+
+    # Checkpoints.
+
+    def _global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.sums.steps
+
+    def _save(self) -> None:
+        step = self._global_step()
+        if step not in checkpoint.all_steps(self.directory.checkpoints):
+            metadata = {"epoch": self.epoch, "sums": dataclasses.asdict(self.sums)}
+            checkpoint.save(self.directory.checkpoints, step, self.state._asdict(), metadata, keep=_KEEP)
+
+    def _restore(self) -> None:
+        """Continues from the last checkpoint; a run stopped before its first one starts anew."""
+        if checkpoint.all_steps(self.directory.checkpoints):
+            state, metadata = checkpoint.restore(self.directory.checkpoints, self.state._asdict())
+            self.state = TrainState(**state)
+            self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
+        self.history = self.directory.cut_history(self.epoch)
+
+    # Ends.
+
+    def _interrupted(self) -> Outcome:
+        self._save()
+        signal = self.interruption.signal
+        assert signal is not None
+        self.console.print(
+            f"{signal.name}: saved in {self.directory.path} at epoch {self.epoch + 1}, "
+            f"{self.sums.steps} of {self.steps_per_epoch} steps done. Continue with\n  {self._resume_command()}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return Outcome(self.interruption.exit_code, self.directory.path, None)
+
+    def _resume_command(self) -> str:
+        command = (self.directory.config() or {})["command"]
+        words = [word for word in shlex.split(command) if word != "--resume"]
+        if self.config.run.run_dir is None:
+            words += ["--run-dir", str(self.directory.path)]
+        return shlex.join([*words, "--resume"])
+
+    def _stopped(self, error: NotFiniteError) -> Outcome:
+        """After a step that was not finite: the state is that of before it, since such a step changes nothing."""
+        rate = self.config.optimizer.learning_rate
+        advice = [f"a lower --learning-rate (it was {rate:g})"]
+        if self.config.optimizer.clip is None:
+            advice.append("--clip 1.0")
+        if self.config.model.method == "tdlrt":
+            advice.append(f"a smaller --tau (it was {self.config.tdlrt.tau:g})")
+        # Resumed, the run would meet the same step again and stop there again.
+        self.state = self.state._replace(healthy=jnp.bool_(True))
+        self._save()
+        self.console.print(
+            f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: the loss ({error.loss:g}) or a "
+            f"gradient is not finite. The last good state is saved in {self.directory.checkpoints}. Try, in another run directory: "
+            + ", ".join(advice)
+            + ".",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return Outcome(1, self.directory.path, None)
+
+    def _finish(self) -> Outcome:
+        summary = layers(self.state.params)
+        self._plot()
+        stored = self.directory.config() or {}
+        result = {
+            **{key: stored[key] for key in ("options", "command", "commit", "versions", "hardware", "started")},
+            "seed": self.config.run.seed,
+            "data": self.loaded.source,
+            "images": {
+                "train": len(self.loaded.train.labels),
+                **{name: images.labels.shape[0] for name, images in self.held_out.items()},
+            },
+            "layers": [{**layer._asdict(), "compression": layer.compression} for layer in summary],
+            "epochs": self.history,
+            "final": self._final(),
+        }
+        self.directory.finish(result)
+        self.console.print(layer_table(summary, totals(summary)))
+        for advice in tdlrt_jax.describe_status(self.status):
+            self.console.print(f"Note: {advice}.", soft_wrap=True, highlight=False)
+        final = self.history[-1]
+        self.console.print(
+            f"test accuracy {final['test_accuracy']:.2%}, compression {final['compression_all']:.1%} of all weights, "
+            f"{final['compression_conv']:.1%} of the convolutions. Results, plots and checkpoints: {self.directory.path}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return Outcome(0, self.directory.path, result)
+
+    def _final(self) -> dict[str, Any]:
+        final = dict(self.history[-1])
+        if "validation" in self.held_out:
+            best = max(self.history, key=lambda record: record["validation_accuracy"])
+            final["best_validation"] = {
+                key: best[key] for key in ("epoch", "validation_accuracy", "test_accuracy", "compression_all")
+            }
+        return final
+
+    def _plot(self) -> None:
+        figures = {
+            "learning": plots.plot_learning(self.history),
+            "ranks": plots.plot_ranks(self.history),
+            "singular_values": plots.plot_spectra(singular_values(self.state.params)),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                plots.save_figure(figure, self.directory.plots, name)
+
+    def _announce(self) -> None:
+        sizes = f"{len(self.loaded.train.labels):,} training and {len(self.loaded.test.labels):,} test images"
+        start = f"continuing after step {self._global_step()}" if self.config.run.resume else "starting"
+        model = self.config.model
+        self.console.print(
+            f"{model.model} ({model.method}) on {self.loaded.source}: {sizes}; {start}; files in {self.directory.path}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """An epoch's line as named curves: ``loss/train``, ``rank/conv1/out`` and so on."""
+    curves: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            for layer, entry in value.items():
+                if isinstance(entry, tuple):
+                    modes = plots.mode_names(len(entry))
+                    curves += [(f"{name}/{layer}/{mode}", float(number)) for mode, number in zip(modes, entry)]
+                else:
+                    curves.append((f"{name}/{layer}", entry))
+        elif name not in ("epoch", "step"):
+            part, _, kind = name.rpartition("_")
+            curves.append((f"{kind}/{part}" if kind in ("loss", "accuracy") else name, float(value)))
+    return curves
+
+
+def _use_compilation_cache(cache_dir: Path | None) -> None:
+    """Keeps compiled programs between runs, unless the user has said where or whether to."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+        return
+    directory = (cache_dir.expanduser() if cache_dir else data.cache_directory()) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,131 @@
+"""What a network costs, layer by layer, at its true ranks; and how well it does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tdlrt_jax import active_rank, kernel_shape, parameter_count, to_dense
+from tdlrt_jax.paths import path_name
+from tdlrt_jax.tucker import is_tucker, unfold
+
+__all__ = [
+    "Layer",
+    "Totals",
+    "correct",
+    "cross_entropy",
+    "layer_name",
+    "layers",
+    "paper_order",
+    "singular_values",
+    "totals",
+]
+
+
+class Layer(NamedTuple):
+    """One layer's weights; biases and normalizations are not counted. Modes in the paper's order (out, in, height, width)."""
+
+    name: str
+    kind: str  # "convolution" or "linear"
+    shape: tuple[int, ...]
+    rank: tuple[int, ...] | None  # None for a dense kernel
+    parameters: int  # core and factors at the true ranks; prod(shape) for a dense kernel
+    full: int  # prod(shape)
+
+    @property
+    def compression(self) -> float:
+        """``1 - c / f`` (paper, section 4.1); negative where ranks are so high that the format costs more."""
+        return 1 - self.parameters / self.full
+
+
+class Totals(NamedTuple):
+    """Weights and compression rates of a network."""
+
+    parameters: int
+    full: int
+    compression: float  # of all weights
+    conv_parameters: int
+    conv_full: int
+    conv_compression: float  # of the convolutions alone, the paper's c.r.
+
+
+def paper_order(modes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reorders what is stored per mode, ``(spatial..., in, out)``, as the paper writes it, ``(out, in, spatial...)``."""
+    return (modes[-1], modes[-2], *modes[:-2])
+
+
+def layer_name(path: str) -> str:
+    """The layer that a kernel's path belongs to: ``conv1`` for ``conv1/kernel/value``."""
+    return path.removesuffix("/value").removesuffix("/kernel")
+
+
+def _kernels(params: Any) -> dict[str, Any]:
+    """All kernels, Tucker or dense, by the name of their layer."""
+    found = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_tucker):
+        full = path_name(path)
+        name = layer_name(full)
+        if is_tucker(node) or (name != full.removesuffix("/value") and node.ndim >= 2):
+            found[name] = node
+    return found
+
+
+def layers(params: Any) -> list[Layer]:
+    """The layers with kernels, in the order of the tree."""
+    summary = []
+    for name, kernel in _kernels(params).items():
+        shape = kernel_shape(kernel) if is_tucker(kernel) else kernel.shape
+        full, rank, count = math.prod(shape), None, math.prod(shape)
+        if is_tucker(kernel):
+            rank = tuple(np.asarray(active_rank(kernel)).tolist())
+            count = parameter_count(shape, rank, [factor is None for factor in kernel.factors])
+        kind = "linear" if len(shape) == 2 else "convolution"
+        summary.append(Layer(name, kind, paper_order(shape), rank and paper_order(rank), count, full))
+    return summary
+
+
+def totals(summary: list[Layer]) -> Totals:
+    """Sums over layers. A network without convolutions has a convolutional compression of 0."""
+
+    def add(some: list[Layer]) -> tuple[int, int, float]:
+        count, full = sum(layer.parameters for layer in some), sum(layer.full for layer in some)
+        return count, full, 1 - count / full if full else 0.0
+
+    return Totals(*add(summary), *add([layer for layer in summary if layer.kind == "convolution"]))
+
+
+def singular_values(params: Any) -> dict[str, list[np.ndarray]]:
+    """Singular values of every unfolding of every kernel, descending, modes in the paper's order.
+
+    A Tucker kernel has those of its core, since its factors are orthonormal; only as many as its rank are given.
+    """
+    values = {}
+    for name, kernel in _kernels(params).items():
+        tensor = kernel.core if is_tucker(kernel) else to_dense(kernel)
+        ranks = np.asarray(active_rank(kernel)).tolist() if is_tucker(kernel) else tensor.shape
+        spectra = []
+        for mode, rank in enumerate(ranks):
+            matrix = np.asarray(unfold(tensor, mode), np.float64)
+            gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+            # The Gram matrix of a kernel with wide unfoldings is small; its square root is accurate enough for a plot.
+            spectrum = np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0))
+            spectra.append(spectrum[:rank])
+        values[name] = list(paper_order(tuple(spectra)))
+    return values
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Softmax cross entropy of each image, float32 ``(N,)``."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - picked
+
+
+def correct(logits: Array, labels: Array) -> Array:
+    """Whether each image is classified rightly, booleans ``(N,)``."""
+    return jnp.argmax(logits, axis=1) == labels

@@ -1,0 +1,216 @@
+"""The directory of a run: its options, its metrics, its checkpoints, its result. Nothing in it is ever overwritten by another run."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from experiments.config import LOCATIONS, TrainConfig
+
+__all__ = ["RunDirectory", "RunDirectoryError", "environment"]
+
+_PACKAGES = ("tdlrt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+class RunDirectoryError(ValueError):
+    """The directory cannot be used for this run."""
+
+
+class RunDirectory:
+    """Files of one run.
+
+    ``config.json`` (options and environment), ``metrics.jsonl`` (a line an epoch), ``checkpoints/`` (the last two),
+    ``tensorboard/``, ``plots/`` and, once the run is finished, ``result.json``.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where event files are."""
+        return self.path / "tensorboard"
+
+    @property
+    def plots(self) -> Path:
+        """Where figures are."""
+        return self.path / "plots"
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> RunDirectory:
+        """The directory of a new run, or of one to be continued. Looks only; writes nothing.
+
+        Raises:
+          RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other options,
+            or holds something else.
+        """
+        directory = cls(config.run.run_dir or default_path(config))
+        stored = directory.config()
+        if config.run.resume:
+            if stored is None:
+                raise RunDirectoryError(f"--resume: there is no run in {directory.path} (no config.json)")
+            directory._check_same(stored["options"], config.to_json(), stored["command"])
+        elif stored is not None:
+            state = "a finished run" if directory.result() else "a run that is not finished"
+            raise RunDirectoryError(
+                f"{directory.path} holds {state}: continue it with --resume, or name another --run-dir. Nothing was changed"
+            )
+        elif directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+            raise RunDirectoryError(
+                f"{directory.path} exists and is not the directory of a run: name another --run-dir"
+            )
+        return directory
+
+    def begin(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Makes the directory of a new run, with its ``config.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(self.path / "config.json", {"options": options, **environment})
+
+    def config(self) -> dict[str, Any] | None:
+        """Options and environment as stored, ``None`` if this is no run's directory."""
+        return self._read("config.json")
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run."""
+        return self._read("result.json")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds an epoch's line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """All epochs' lines; a last line that was cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def cut_history(self, epochs: int) -> list[dict[str, Any]]:
+        """Keeps the lines of the first ``epochs`` epochs, those that the checkpoint to continue from contains.
+
+        Raises:
+          RunDirectoryError: if some of them are not there.
+        """
+        records = self.history()[:epochs]
+        if [record["epoch"] for record in records] != list(range(1, epochs + 1)):
+            raise RunDirectoryError(
+                f"{self.path / 'metrics.jsonl'} lacks lines of the {epochs} epochs that the checkpoint contains"
+            )
+        _write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes ``result.json``; from then on the run is finished."""
+        _write_json(self.path / "result.json", result)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise RunDirectoryError(f"{path} cannot be read: {error}") from None
+
+    def _check_same(self, stored: dict[str, Any], given: dict[str, Any], command: str) -> None:
+        names = [name for name in sorted(stored.keys() | given.keys()) if name not in LOCATIONS]
+        differing = [name for name in names if stored.get(name) != given.get(name)]
+        if differing:
+            listed = "\n".join(
+                f"  --{name.replace('_', '-')}: {stored.get(name)} there, {given.get(name)} given" for name in differing
+            )
+            raise RunDirectoryError(
+                f"{self.path} holds a run with other options:\n{listed}\nIt was started with: {command}"
+            )
+
+
+def default_path(config: TrainConfig) -> Path:
+    """A new directory under ``runs/``."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{config.data.dataset}-{config.model.model}-{config.model.method}-{now}"
+
+
+def environment(argv: list[str]) -> dict[str, Any]:
+    """What a result depends on beside its options: command, commit, versions, hardware."""
+    import jax
+
+    devices = jax.devices()
+    accelerator = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    return {
+        "command": shlex.join(["python", "-m", "experiments.train", *argv]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}; {accelerator}",
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the project's checkout, with a mark if files differ from it; ``None`` outside of one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,76 @@
+"""Fixtures of the training job's tests: caches of their own, a tiny data set in tfds' format, a real one if there is any."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Caches away from the user's; compiled programs are shared among the processes of a parallel run."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "caches"
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(base))
+        yield base
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def real_tfds():
+    """A directory with real prepared data sets: ``TFDS_DATA_DIR``, or a tfds directory beside the checkout."""
+    for directory in (os.environ.get("TFDS_DATA_DIR"), ROOT.parent / "shared" / "data" / "tfds"):
+        if directory and (Path(directory) / "mnist").is_dir():
+            return Path(directory)
+    pytest.skip("no prepared MNIST: set TFDS_DATA_DIR")
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    """What the tiny set below holds: 30 training and 10 test images of 10 classes."""
+    rng = np.random.default_rng(1)
+    return {
+        split: (rng.integers(0, 256, (count, 28, 28, 1), np.uint8), np.arange(count) % 10)
+        for split, count in (("train", 30), ("test", 10))
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_tfds(tmp_path_factory, tiny_images):
+    """A set called mnist, prepared as tfds prepares sets (array_record), with 40 images of noise."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    directory = tmp_path_factory.mktemp("tfds")
+    pictures = tmp_path_factory.mktemp("pictures")
+
+    class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "mnist"
+        VERSION = tfds.core.Version("3.0.1")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in tiny_images}
+
+        def _generate_examples(self, split):
+            for index, (image, label) in enumerate(zip(*tiny_images[split])):
+                path = pictures / f"{split}{index}.png"
+                Image.fromarray(image[..., 0]).save(path)
+                yield index, {"image": str(path), "label": int(label)}
+
+    Mnist(data_dir=str(directory), file_format="array_record").download_and_prepare()
+    return directory

@@ -1,0 +1,86 @@
+"""Options: what the command line takes and refuses, before anything slow is imported."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import train
+from experiments.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TdlrtConfig,
+    TrainConfig,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_lists_every_option_and_imports_nothing_slow():
+    code = (
+        "import sys; from experiments import train\n"
+        "try: train.main(['--help'])\n"
+        "except SystemExit as end: sys.exit(end.code or [m for m in ('jax', 'flax') if m in sys.modules] or 0)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    for option in TrainConfig().to_json():
+        assert f"--{option.replace('_', '-')}" in process.stdout, option
+    assert "{digits,mnist,fashion_mnist,cifar10,cifar100}" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tau", "-0.1"], "--tau -0.1: expected a number at least 0"),
+        (["--tau", "1.5"], r"--tau 1.5: expected a relative tolerance in \[0, 1\)"),
+        (["--learning-rate", "0"], "--learning-rate 0.0: expected a number above 0"),
+        (["--epochs", "0"], "--epochs 0: expected a number at least 1"),
+        (["--rank", "1.5"], "--rank 1.5: expected a fraction up to 1.0 or a whole number"),
+        (["--min-rank", "4", "--max-rank", "3"], "--max-rank 3: expected a number at least 4"),
+        (["--validation", "0.95"], "--validation 0.95: expected a number at least 0 and at most 0.9"),
+        (["--momentum", "1"], "--momentum 1.0"),
+        (["--resume"], "name the run to continue with --run-dir"),
+        (["--dataset", "imagenet"], "cifar100"),
+        (["--integrator", "euler"], "fixed_rank"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_options_are_refused_with_a_reason(capsys, arguments, words):
+    try:
+        code = train.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert re.search(words, message), message
+
+
+def test_names_are_checked_without_a_command_line_too():
+    with pytest.raises(ValueError, match="--dataset svhn: expected one of digits, mnist"):
+        DataConfig(dataset="svhn")
+    with pytest.raises(ValueError, match="--schedule step"):
+        OptimizerConfig(schedule="step")
+
+
+def test_a_tolerance_that_is_absolute_may_be_large():
+    assert TdlrtConfig(tau=2.0, convention="absolute").tau == 2.0
+
+
+def test_augmentation_is_for_natural_images_by_default():
+    assert DataConfig(dataset="cifar10").augmented and not DataConfig(dataset="mnist").augmented
+    assert DataConfig(augment="on").augmented and not DataConfig(dataset="cifar100", augment="off").augmented
+
+
+def test_options_as_json_are_flat_and_complete(tmp_path):
+    flat = TrainConfig(run=RunConfig(run_dir=tmp_path, seed=3), model=ModelConfig(rank=8)).to_json()
+    assert (
+        flat["run_dir"] == str(tmp_path)
+        and flat["seed"] == 3
+        and flat["rank"] == 8
+        and flat["tau"] == TdlrtConfig().tau
+    )

@@ -1,0 +1,443 @@
+"""The training job through its real entry point: files, resuming, signals, errors, numbers that are not finite."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from PIL import Image
+
+import tdlrt_jax
+from experiments import batches, data, job, metrics, programs, train
+from experiments.build import build_model, build_optimizer, learning_rate
+from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
+from experiments.display import Display
+from tdlrt_jax import checkpoint
+from tdlrt_jax.nn import TuckerLinear
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2"]
+DENSE = [*TINY, "--method", "dense"]
+# Small ranks and a tolerance large enough that ranks fall and arrays shrink within two epochs of three steps.
+TUCKER = [*TINY, "--rank", "12", "--tau", "0.4", "--learning-rate", "0.02", "--validation", "0.1", "--limit", "110"]
+CLOCK = ("seconds", "evaluation_seconds", "compilations")
+
+
+def run(*arguments):
+    """The exit code of the job."""
+    return train.main([str(argument) for argument in arguments])
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(record):
+    """What must be the same in a run that was interrupted and in one that was not."""
+    return {name: value for name, value in record.items() if name not in CLOCK}
+
+
+def fingerprint(directory):
+    return {
+        path.relative_to(directory): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def saved_arrays(directory, step):
+    """All arrays of a checkpoint, by path."""
+    manager = checkpoint._manager(directory / "checkpoints")
+    target = {name: np.zeros(item.shape, item.dtype) for name, item in manager.item_metadata(step)["arrays"].items()}
+    import orbax.checkpoint as ocp
+
+    return manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
+
+
+def interrupt_after(monkeypatch, steps, number):
+    """Sends this process a signal once so many steps have been reported."""
+    original = Display.step
+
+    def step(self, epoch, done, loss):
+        original(self, epoch, done, loss)
+        if done == steps:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Display, "step", step)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a Tucker run that went to its end, and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("rich.console.Console.print", lambda self, *objects, **options: printed.extend(objects))
+        assert run(*TUCKER, "--run-dir", directory) == 0
+    return directory, printed
+
+
+@pytest.fixture(scope="module")
+def finished_dense(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "dense"
+    assert run(*DENSE, "--run-dir", directory) == 0
+    return directory
+
+
+def test_a_run_leaves_all_its_files(finished):
+    directory, _ = finished
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "result.json", "checkpoints", "tensorboard", "plots"}
+    config = json.loads((directory / "config.json").read_text())
+    assert config["options"]["tau"] == 0.4 and config["options"]["run_dir"] == str(directory)
+    assert config["versions"]["jax"] == jax.__version__ and "cores" in config["hardware"]
+    assert shlex.split(config["command"])[:3] == ["python", "-m", "experiments.train"]
+    assert checkpoint.all_steps(directory / "checkpoints") == [3, 6]
+
+
+def test_metrics_have_a_line_an_epoch(finished):
+    records = lines(finished[0])
+    assert [record["epoch"] for record in records] == [1, 2] and [record["step"] for record in records] == [3, 6]
+    for record in records:
+        for name in ("train", "validation", "test"):
+            assert np.isfinite(record[f"{name}_loss"]) and 0 <= record[f"{name}_accuracy"] <= 1
+        assert record["learning_rate"] == pytest.approx(0.02) and record["seconds"] > 0
+        assert set(record["ranks"]) == {"conv1", "conv2", "hidden"} == set(record["truncation_error"])
+        assert all(0 <= error < 0.4 for error in record["truncation_error"].values())
+
+
+def test_ranks_fall_and_arrays_follow(finished):
+    first, second = lines(finished[0])
+    assert second["ranks"]["hidden"][0] < 12
+    assert np.prod(second["capacities"]["hidden"]) < np.prod(first["capacities"]["hidden"])
+    assert first["compilations"] == 1 and second["compilations"] == 1
+
+
+def test_compression_is_that_of_the_saved_ranks(finished):
+    directory, _ = finished
+    record = lines(directory)[-1]
+    ranks = checkpoint.ranks(directory / "checkpoints")
+    shapes = {"conv1": (5, 5, 1, 20), "conv2": (5, 5, 20, 50), "hidden": (800, 500)}
+    count = {
+        name: tdlrt_jax.parameter_count(shape, ranks[f"params/{name}/kernel/value"]) for name, shape in shapes.items()
+    }
+    for name, rank in record["ranks"].items():
+        assert tuple(rank) == metrics.paper_order(tuple(ranks[f"params/{name}/kernel/value"]))
+    assert record["weights"] == sum(count.values()) + 5000
+    assert record["compression_all"] == pytest.approx(1 - record["weights"] / 430_500)
+    assert record["compression_conv"] == pytest.approx(1 - (count["conv1"] + count["conv2"]) / 25_500)
+
+
+def test_result_has_everything(finished):
+    result = json.loads((finished[0] / "result.json").read_text())
+    assert result["epochs"] == lines(finished[0])
+    assert numbers(result["epochs"][-1]).items() <= result["final"].items()
+    assert result["seed"] == 0 and result["hardware"] and result["command"]
+    assert result["images"] == {"train": 101, "validation": 9, "test": 110}
+    assert result["final"]["best_validation"]["epoch"] in (1, 2)
+    assert [layer["name"] for layer in result["layers"]] == ["classifier", "conv1", "conv2", "hidden"]
+
+
+def test_plots_are_pictures(finished):
+    for name in ("learning", "ranks", "singular_values"):
+        with Image.open(finished[0] / "plots" / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.shape[1] > 800 and np.mean(pixels < 250) > 0.01
+        svg = (finished[0] / "plots" / f"{name}.svg").read_text()
+        assert svg.count("<path") > 20 and svg.rstrip().endswith("</svg>")
+
+
+def test_event_files_hold_the_curves(finished):
+    (events,) = (finished[0] / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for tag in ("loss/train", "accuracy/test", "compression_all", "ranks/conv2/out", "truncation_error/hidden"):
+        assert content.count(tag.encode()) == 2, tag
+
+
+def test_it_ends_with_a_table_and_where_things_are(finished):
+    directory, printed = finished
+    table = next(item for item in printed if hasattr(item, "columns"))
+    assert [column.header for column in table.columns] == ["layer", "shape", "rank", "dense", "stored", "compression"]
+    assert list(table.columns[0].cells)[-2:] == ["convolutions only", "whole network"]
+    assert str(directory) in printed[-1] and "test accuracy" in printed[-1]
+    assert sum(str(item).startswith("epoch ") for item in printed) == 2, "plain lines where there is no terminal"
+
+
+def test_interrupted_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle of the second epoch, after arrays shrank, with a torn line in the metrics."""
+    whole, _ = finished
+    directory = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4, signal.SIGTERM)
+        assert run(*TUCKER, "--run-dir", directory) == 143
+    assert "SIGTERM: saved in" in capsys.readouterr().out
+    assert len(lines(directory)) == 1 and not (directory / "result.json").exists()
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_lo')
+    assert run(*TUCKER, "--run-dir", directory, "--resume") == 0
+
+    assert [numbers(record) for record in lines(directory)] == [numbers(record) for record in lines(whole)]
+    ours, theirs = saved_arrays(directory, 6), saved_arrays(whole, 6)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    result = json.loads((directory / "result.json").read_text())
+    assert len(result["epochs"]) == 2 and result["options"]["resume"] is False
+
+
+def test_a_finished_run_is_never_overwritten(finished_dense, capsys):
+    before = fingerprint(finished_dense)
+    assert run(*DENSE, "--run-dir", finished_dense) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert run(*DENSE, "--run-dir", finished_dense, "--resume") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert fingerprint(finished_dense) == before
+
+
+def test_other_options_are_listed(finished_dense, capsys):
+    before = fingerprint(finished_dense)
+    assert run(*DENSE, "--tau", "0.3", "--seed", "5", "--run-dir", finished_dense, "--resume") == 2
+    message = capsys.readouterr().err
+    assert "--tau: 0.1 there, 0.3 given" in message and "--seed: 0 there, 5 given" in message
+    assert "--epochs" not in message.split("It was started with")[0]
+    assert fingerprint(finished_dense) == before
+
+
+def test_directories_that_hold_no_run(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("keep me")
+    assert run(*DENSE, "--run-dir", tmp_path) == 2
+    assert "is not the directory of a run" in capsys.readouterr().err
+    assert run(*DENSE, "--run-dir", tmp_path, "--resume") == 2
+    assert "there is no run in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_missing_data_leave_no_directory_behind(tmp_path, capsys):
+    arguments = ["--dataset", "mnist", "--data-dir", tmp_path / "none", "--run-dir", tmp_path / "run"]
+    assert run(*arguments) == 2
+    assert "download_and_prepare" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run("--limit", "20", "--batch-size", "32", "--run-dir", tmp_path / "run") == 2
+    assert "--batch-size 32: there are only 20 training images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepared_set_through_the_job(tiny_tfds, tmp_path):
+    directory = tmp_path / "run"
+    options = [
+        "--dataset",
+        "mnist",
+        "--data-dir",
+        tiny_tfds,
+        "--batch-size",
+        "15",
+        "--epochs",
+        "1",
+        "--method",
+        "dense",
+    ]
+    assert run(*options, "--augment", "on", "--run-dir", directory) == 0
+    result = json.loads((directory / "result.json").read_text())
+    assert result["data"] == "tfds mnist 3.0.1" and result["images"] == {"train": 30, "test": 10}
+    assert result["final"]["compression_all"] == 0 and result["final"]["ranks"] == {}
+    assert not (directory / "plots" / "ranks.png").exists()
+
+
+def test_sigint_at_the_end_of_an_epoch_loses_nothing(finished_dense, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, signal.SIGINT)
+        assert run(*DENSE, "--run-dir", directory) == 130
+    assert checkpoint.all_steps(directory / "checkpoints") == [3]
+    assert run(*DENSE, "--run-dir", directory) == 2, "an unfinished run is not overwritten either"
+    assert run(*DENSE, "--run-dir", directory, "--resume") == 0
+    assert [numbers(r) for r in lines(directory)] == [numbers(r) for r in lines(finished_dense)]
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, capsys):
+    original = Display.step
+
+    def step(self, epoch, done, loss):
+        original(self, epoch, done, loss)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Display, "step", step)
+    assert run(*DENSE, "--run-dir", tmp_path / "run") == 130
+    assert "without saving" in capsys.readouterr().err
+
+
+def test_sigterm_to_the_process(tmp_path, caches):
+    """A real process in the midst of a long run: it saves, says how to go on, and exits with 143."""
+    directory = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.train", *DENSE[:-4], "--epochs", "100000", "--method", "dense"]
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(caches)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (directory / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert re.search(r"SIGTERM: saved in .* at epoch \d+, \d of 3 steps done", out), out
+    advised = shlex.split(out.strip().splitlines()[-1])
+    assert advised[-1] == "--resume" and str(directory) in advised
+    step = checkpoint.all_steps(directory / "checkpoints")[-1]
+    assert step // 3 == len(lines(directory)) >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert run(*DENSE, "--learning-rate", "1e30", "--run-dir", directory) == 1
+    message = capsys.readouterr().out
+    assert "Stopped in epoch 1, step 2 of 3: the loss" in message and "lower --learning-rate (it was 1e+30)" in message
+    assert "--clip 1.0" in message
+    assert not (directory / "result.json").exists()
+    (step,) = checkpoint.all_steps(directory / "checkpoints")
+    arrays = saved_arrays(directory, step)
+    assert step == 1 and all(np.all(np.isfinite(array)) for name, array in arrays.items() if name.startswith("params"))
+    assert run(*DENSE, "--learning-rate", "1e30", "--run-dir", directory, "--resume") == 1
+    assert "Stopped in epoch 1, step 2 of 3" in capsys.readouterr().out
+
+
+class Small(nnx.Module):
+    """One Tucker layer."""
+
+    def __init__(self, rngs):
+        self.linear = TuckerLinear(16, 3, rank=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture
+def small(rng):
+    images = batches.to_device(
+        data.Images(rng.integers(0, 256, (12, 4, 4, 1), np.uint8), np.arange(12, dtype=np.int32) % 3)
+    )
+    return images, batches.Transform((0.5,), (0.3,), False)
+
+
+def test_after_a_step_that_is_not_finite_nothing_moves(small):
+    images, transform = small
+    tx = tdlrt_jax.tdlrt(optax.sgd(lambda step: jnp.where(step == 2, jnp.inf, 0.1)), tolerance=0.01)
+    compiled, state = programs.build_programs(Small(nnx.Rngs(0)), tx, transform, seed=0)
+    order, finite = jnp.arange(12).reshape(3, 4), []
+    for step in range(5):
+        state, report = compiled.train(state, images, order, jnp.int32(0), jnp.int32(step % 3))
+        finite.append(bool(report.finite))
+        kernel = tdlrt_jax.to_dense(state.params["linear"]["kernel"].get_value())
+        if step == 1:
+            before = np.asarray(kernel)
+    assert finite == [True, True, False, False, False]
+    np.testing.assert_array_equal(kernel, before)
+    assert int(state.opt_state.step) == 2 and not bool(state.healthy)
+    assert compiled.compilations == 1
+
+
+def test_plateau_looks_at_whole_epochs_and_cosine_at_steps(small):
+    images, transform = small
+    order = jnp.arange(12).reshape(3, 4)
+
+    def rates(options, epochs):
+        # A learning rate so small that the loss does not fall measurably.
+        config = OptimizerConfig(learning_rate=1e-9, momentum=0.0, epochs=epochs, **options)
+        tx = build_optimizer(config, TdlrtConfig(tau=0.0), 3)
+        compiled, state = programs.build_programs(Small(nnx.Rngs(0)), tx, transform, seed=0)
+        seen = []
+        for epoch in range(epochs):
+            for step in range(3):
+                state, _ = compiled.train(state, images, order, jnp.int32(epoch), jnp.int32(step))
+            seen.append(learning_rate(config, 3, state.opt_state) / 1e-9)
+        return seen
+
+    # The first epoch sets the best value; two without a better one, and the third lowers the rate.
+    np.testing.assert_allclose(rates({"schedule": "plateau", "patience": 2}, 5), [1, 1, 0.1, 0.1, 0.01], rtol=1e-5)
+    np.testing.assert_allclose(rates({"schedule": "cosine"}, 2), [0.5, 0.0], atol=1e-6)
+    assert rates({"schedule": "constant"}, 1) == [1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_every_optimizer_lowers_the_loss(small, optimizer):
+    images, transform = small
+    config = OptimizerConfig(optimizer=optimizer, learning_rate=0.02, weight_decay=1e-4, clip=1.0)
+    compiled, state = programs.build_programs(
+        Small(nnx.Rngs(0)), build_optimizer(config, TdlrtConfig(tau=0.01), 1), transform, seed=0
+    )
+    before, _ = compiled.evaluate(state, images)
+    for _ in range(20):
+        state, _ = compiled.train(state, images, jnp.arange(12)[None], jnp.int32(0), jnp.int32(0))
+    assert compiled.evaluate(state, images)[0] < 0.8 * before
+
+
+def test_dense_training_is_plain_optax(small):
+    """On a network without Tucker kernels the step is the textbook's."""
+    images, transform = small
+
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(16, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x.reshape(x.shape[0], -1))
+
+    model, config = Plain(nnx.Rngs(0)), OptimizerConfig(learning_rate=0.1, momentum=0.5, schedule="constant")
+    kernel, bias = np.asarray(model.linear.kernel[...], np.float64), np.zeros(3)
+    compiled, state = programs.build_programs(model, build_optimizer(config, TdlrtConfig(), 1), transform, seed=0)
+    x = (np.asarray(images.images, np.float64).reshape(12, -1) / 255 - 0.5) / 0.3
+    targets = np.eye(3)[np.asarray(images.labels)]
+    velocity = [np.zeros_like(kernel), np.zeros_like(bias)]
+    for _ in range(3):
+        state, _ = compiled.train(state, images, jnp.arange(12)[None], jnp.int32(0), jnp.int32(0))
+        logits = x @ kernel + bias
+        error = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) - targets) / 12
+        velocity = [x.T @ error + 0.5 * velocity[0], error.sum(axis=0) + 0.5 * velocity[1]]
+        kernel, bias = kernel - 0.1 * velocity[0], bias - 0.1 * velocity[1]
+    np.testing.assert_allclose(state.params["linear"]["kernel"].get_value(), kernel, atol=1e-5)
+    np.testing.assert_allclose(state.params["linear"]["bias"].get_value(), bias, atol=1e-5)
+
+
+def test_models_follow_the_options():
+    digits = data.load("digits", limit=10)
+    shapes = {
+        tuple(options.items()): {
+            layer.name: layer.rank
+            for layer in metrics.layers(nnx.state(build_model(ModelConfig(**options), digits, 0), nnx.Param))
+        }
+        for options in ({"rank": 4}, {"rank": 0.5, "linear": False}, {"method": "dense"})
+    }
+    assert list(shapes.values()) == [
+        {"classifier": None, "conv1": (4, 1, 5, 5), "conv2": (4, 4, 5, 5), "hidden": (4, 4)},
+        {"classifier": None, "conv1": (10, 1, 5, 5), "conv2": (25, 10, 5, 5), "hidden": None},
+        dict.fromkeys(["classifier", "conv1", "conv2", "hidden"]),
+    ]
+
+
+def test_interruption_restores_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    with job.Interruption() as interruption:
+        assert interruption.exit_code == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,115 @@
+"""Weights and compression rates against numbers worked out by hand; singular values against NumPy's."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
+
+import tdlrt_jax
+from experiments import display, metrics, plots
+
+
+@pytest.fixture
+def params():
+    """A Tucker convolution of ranks (3, 3, 2, 5), a Tucker matrix with padding, a dense matrix, and biases."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    linear = tdlrt_jax.hosvd(jax.random.normal(keys[1], (20, 10)), rank=4)
+    return {
+        "conv": {
+            "kernel": tdlrt_jax.hosvd(jax.random.normal(keys[0], (3, 3, 4, 8)), rank=(3, 3, 2, 5)),
+            "bias": jnp.ones(8),
+        },
+        "hidden": {"kernel": tdlrt_jax.resize(linear, 7), "bias": jnp.ones(10)},
+        "last": {"kernel": jax.random.normal(keys[2], (10, 6)), "bias": jnp.ones(6)},
+        "norm": {"scale": jnp.ones(6)},
+    }
+
+
+def test_layers_count_true_ranks_in_the_papers_order(params):
+    conv, hidden, last = metrics.layers(params)
+    assert conv == metrics.Layer("conv", "convolution", (8, 4, 3, 3), (5, 2, 3, 3), 90 + 40 + 8 + 9 + 9, 288)
+    assert hidden == metrics.Layer("hidden", "linear", (10, 20), (4, 4), 16 + 80 + 40, 200), "padding costs nothing"
+    assert last == metrics.Layer("last", "linear", (6, 10), None, 60, 60)
+    assert conv.compression == pytest.approx(1 - 156 / 288)
+
+
+def test_whole_modes_cost_no_factor():
+    kernel = tdlrt_jax.hosvd(jax.random.normal(jax.random.key(0), (3, 3, 4, 8)), rank=(None, None, 2, 5))
+    (layer,) = metrics.layers({"conv": {"kernel": kernel}})
+    assert layer.rank == (5, 2, 3, 3) and layer.parameters == 90 + 8 + 40
+
+
+def test_both_compression_rates(params):
+    total = metrics.totals(metrics.layers(params))
+    assert (total.parameters, total.full) == (156 + 136 + 60, 288 + 200 + 60)
+    assert total.compression == pytest.approx(1 - 352 / 548)
+    assert (total.conv_parameters, total.conv_full) == (156, 288)
+    assert total.conv_compression == pytest.approx(1 - 156 / 288)
+    assert metrics.totals(metrics.layers({"last": params["last"]})).conv_compression == 0
+
+
+def test_singular_values_are_those_of_the_dense_unfoldings(params):
+    spectra = metrics.singular_values(params)
+    for name, order in (("conv", (3, 2, 0, 1)), ("hidden", (1, 0)), ("last", (1, 0))):
+        dense = np.asarray(tdlrt_jax.to_dense(params[name]["kernel"]), np.float64)
+        for values, mode in zip(spectra[name], order):
+            unfolding = np.moveaxis(dense, mode, 0).reshape(dense.shape[mode], -1)
+            expected = np.linalg.svd(unfolding, compute_uv=False)[: len(values)]
+            np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4 * expected[0])
+    assert [len(values) for values in spectra["conv"]] == [5, 2, 3, 3]
+
+
+def test_loss_and_hits(rng):
+    logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
+    expected = -np.log(np.exp(logits)[np.arange(9), labels] / np.exp(logits).sum(axis=1))
+    np.testing.assert_allclose(metrics.cross_entropy(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-5)
+    np.testing.assert_array_equal(
+        metrics.correct(jnp.asarray(logits), jnp.asarray(labels)), logits.argmax(axis=1) == labels
+    )
+
+
+def test_table_shows_every_layer_and_both_totals(params):
+    console = Console(width=80, record=True, file=io.StringIO())
+    summary = metrics.layers(params)
+    console.print(display.layer_table(summary, metrics.totals(summary)))
+    text = console.export_text()
+    for words in ("8×4×3×3", "5×2×3×3", "dense", "45.8%", "convolutions only", "whole network", "35.8%"):
+        assert words in text, words
+
+
+def drawn(figure):
+    """Share of pixels that are not white."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return np.mean(np.any(pixels != 255, axis=-1))
+
+
+def test_plots_draw_the_numbers_they_are_given(params):
+    history = [
+        {
+            "epoch": epoch,
+            **{f"{part}_{kind}": 1 / epoch for part in ("train", "test") for kind in ("loss", "accuracy")},
+            "compression_conv": 0.1 * epoch,
+            "compression_all": 0.2 * epoch,
+            "ranks": {"conv": (5 - epoch, 2, 3, 3), "hidden": (4, 4)},
+        }
+        for epoch in (1, 2, 3)
+    ]
+    learning = plots.plot_learning(history)
+    loss, accuracy, _ = learning.axes
+    assert [line.get_label() for line in loss.lines] == ["training", "test"]
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [1, 1 / 2, 1 / 3])
+    ranks = plots.plot_ranks(history)
+    assert [axes.get_title() for axes in ranks.axes] == ["conv", "hidden"]
+    assert [line.get_label() for line in ranks.axes[0].lines] == ["out", "in", "height", "width"]
+    np.testing.assert_array_equal(ranks.axes[0].lines[0].get_ydata(), [4, 3, 2])
+    spectra = plots.plot_spectra(metrics.singular_values(params))
+    assert len(spectra.axes) == 3 and spectra.axes[1].lines[0].get_ydata()[0] == 1
+    for figure in (learning, ranks, spectra):
+        assert drawn(figure) > 0.02
+    assert plots.plot_ranks([{"epoch": 1, "ranks": {}}]) is None

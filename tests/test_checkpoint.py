@@ -1,0 +1,280 @@
+"""Checkpoints: exact round trips, other capacities, true ranks, and errors that name the leaf."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import tdlrt_jax
+from tdlrt_jax import TuckerTensor, checkpoint
+
+
+def network(seed=0, rank=2, capacity=None, features=5):
+    """Parameters with two kernels of rank ``rank`` and some dense leaves."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "conv": {
+            "kernel": tdlrt_jax.hosvd(jax.random.normal(keys[0], (3, 3, 4, features)), rank=(None, None, rank, rank)),
+            "bias": jnp.arange(float(features)),
+        },
+        "linear": {"kernel": tdlrt_jax.hosvd(jax.random.normal(keys[1], (8, 6)), rank=rank)},
+        "scale": jax.random.normal(keys[2], ()),
+    }
+    return params if capacity is None else tdlrt_jax.resize(params, {"linear/kernel": (capacity, capacity)})
+
+
+def optimizer():
+    return tdlrt_jax.tdlrt(optax.chain(optax.adam(0.01), optax.contrib.reduce_on_plateau()), tolerance=0.1)
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = network()
+    tree = {"params": params, "opt_state": optimizer().init(params)}
+    checkpoint.save(tmp_path, 3, tree, {"epoch": 1, "sums": [0.1, 0.2]})
+    return tmp_path, tree
+
+
+def test_round_trip_is_exact(saved):
+    directory, tree = saved
+    fresh = network(seed=1)
+    restored, metadata = checkpoint.restore(directory, {"params": fresh, "opt_state": optimizer().init(fresh)})
+    assert_equal(restored, tree)
+    assert metadata == {"epoch": 1, "sums": [0.1, 0.2]}
+
+
+def test_whole_modes_stay_whole(saved):
+    directory, tree = saved
+    restored, _ = checkpoint.restore(directory, tree)
+    assert restored["params"]["conv"]["kernel"].factors[:2] == (None, None)
+
+
+def test_abstract_target(saved):
+    directory, tree = saved
+    restored, _ = checkpoint.restore(directory, jax.eval_shape(lambda: tree))
+    assert_equal(restored, tree)
+
+
+def test_ranks_are_the_true_ones_and_only_of_kernels(tmp_path):
+    params = network(rank=2, capacity=5)
+    assert params["linear"]["kernel"].core.shape == (5, 5)
+    checkpoint.save(tmp_path, 0, {"params": params, "opt_state": optimizer().init(params)})
+    assert checkpoint.ranks(tmp_path) == {"params/conv/kernel": [3, 3, 2, 2], "params/linear/kernel": [2, 2]}
+
+
+@pytest.mark.parametrize("capacity", [1, 6])
+def test_other_capacity_comes_back_as_stored_then_resizes(saved, capacity):
+    directory, tree = saved
+    fresh = network(seed=1, rank=1, capacity=capacity)
+    like = {"params": fresh, "opt_state": optimizer().init(fresh)}
+    restored, _ = checkpoint.restore(directory, like)
+    assert_equal(restored, tree)
+
+    larger = tdlrt_jax.resize(restored, {"conv/kernel": (3, 3, 3, 3), "linear/kernel": (4, 4)})
+    assert larger["params"]["linear"]["kernel"].core.shape == (4, 4)
+    assert larger["opt_state"].inner[0][0].mu["linear"]["kernel"].core.shape == (4, 4)
+    for name in ("conv", "linear"):
+        np.testing.assert_allclose(
+            tdlrt_jax.to_dense(larger["params"][name]["kernel"]),
+            tdlrt_jax.to_dense(tree["params"][name]["kernel"]),
+            atol=1e-6,
+        )
+
+
+def test_training_continues_as_if_never_stopped(tmp_path):
+    tx, x = optimizer(), jnp.ones((4, 8))
+
+    def loss_fn(params, x):
+        return jnp.mean((tdlrt_jax.tucker_linear(x, params["kernel"]) - params["bias"]) ** 2)
+
+    def fresh(seed):
+        return {"kernel": tdlrt_jax.hosvd(jax.random.normal(jax.random.key(seed), (8, 6)), rank=3), "bias": jnp.ones(6)}
+
+    step = tdlrt_jax.tdlrt_step(loss_fn, tx, donate=False)
+    params = fresh(0)
+    state = tx.init(params)
+    for index in range(4):
+        if index == 2:
+            checkpoint.save(tmp_path, index, (params, state))
+        params, state, _ = step(params, state, x)
+    like = fresh(1)
+    (other, other_state), _ = checkpoint.restore(tmp_path, (like, tx.init(like)))
+    for _ in range(2):
+        other, other_state, _ = step(other, other_state, x)
+    assert_equal((other, other_state), (params, state))
+
+
+def test_nnx_state_with_random_keys(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+            self.linear.kernel = nnx.Param(tdlrt_jax.hosvd(self.linear.kernel[...], rank=1))
+            self.blocks = nnx.List([nnx.BatchNorm(2, rngs=rngs)])
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    _, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    checkpoint.save(tmp_path, 0, {"params": params, "rest": rest})
+    _, other_params, other_rest = nnx.split(Net(nnx.Rngs(5)), nnx.Param, ...)
+    restored, _ = checkpoint.restore(tmp_path, {"params": other_params, "rest": other_rest})
+    data = [
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for tree in (restored, {"params": params, "rest": rest})
+        for leaf in jax.tree.leaves(tree)
+    ]
+    half = len(data) // 2
+    for left, right in zip(data[:half], data[half:]):
+        np.testing.assert_array_equal(left, right)
+    keys = [tree["dropout"]["rngs"]["key"][...] for tree in (restored["rest"], rest)]
+    assert keys[0].dtype == keys[1].dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "bool", "float32"])
+def test_dtypes(tmp_path, dtype):
+    tree = {"x": jnp.asarray([0, 1, 1], dtype)}
+    checkpoint.save(tmp_path, 0, tree)
+    assert_equal(checkpoint.restore(tmp_path, tree)[0], tree)
+
+
+def test_float64(tmp_path, x64):
+    tree = {"x": jnp.asarray([1 / 3, 1e-300])}
+    checkpoint.save(tmp_path, 0, tree)
+    assert_equal(checkpoint.restore(tmp_path, tree)[0], tree)
+    with pytest.raises(ValueError, match="'x' has dtype float64, the given tree float32"):
+        checkpoint.restore(tmp_path, {"x": jnp.zeros(2, jnp.float32)})
+
+
+def test_keeps_the_last_ones_and_restores_any(tmp_path):
+    for step in (1, 2, 5, 9):
+        checkpoint.save(tmp_path, step, {"x": jnp.full(2, float(step))}, keep=2)
+    assert checkpoint.all_steps(tmp_path) == [5, 9]
+    assert checkpoint.restore(tmp_path, {"x": jnp.zeros(2)})[0]["x"][0] == 9
+    assert checkpoint.restore(tmp_path, {"x": jnp.zeros(2)}, 5)[0]["x"][0] == 5
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1 .* there are \[5, 9\]"):
+        checkpoint.restore(tmp_path, {"x": jnp.zeros(2)}, 1)
+
+
+def test_a_step_is_not_overwritten(saved):
+    directory, tree = saved
+    with pytest.raises(ValueError, match="step=3 has a checkpoint already"):
+        checkpoint.save(directory, 3, tree)
+    with pytest.raises(ValueError, match="step=-1"):
+        checkpoint.save(directory, -1, tree)
+
+
+def test_an_interrupted_save_leaves_the_earlier_one(saved, monkeypatch):
+    """Everything is written under a temporary name: cut off before the final rename, it is no checkpoint."""
+    directory, tree = saved
+    import orbax.checkpoint as ocp
+
+    def cut_off(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "save", cut_off)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", cut_off, raising=False)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(directory, 4, tree)
+    monkeypatch.undo()
+    assert checkpoint.all_steps(directory) == [3]
+    assert_equal(checkpoint.restore(directory, tree)[0], tree)
+    checkpoint.save(directory, 4, tree, keep=2)
+    assert sorted(path.name for path in directory.iterdir()) == ["3", "4"], "leftovers are cleaned up"
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert checkpoint.all_steps(tmp_path / "nothing") == []
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.restore(tmp_path / "nothing", {"x": jnp.zeros(2)})
+
+
+def without(tree, *path):
+    *parents, last = path
+    copy = jax.tree.map(lambda leaf: leaf, tree)
+    node = copy
+    for key in parents:
+        node = node[key]
+    del node[last]
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: without(p, "conv", "bias"), "without a place in the given tree: 'params/conv/bias'"),
+        (lambda p: p | {"extra": jnp.zeros(3)}, "has no leaf for 'params/extra'"),
+        (lambda p: p | {"scale": jnp.zeros(2)}, r"'params/scale' has shape \(\), the given tree \(2,\)"),
+        (lambda p: p | {"scale": jnp.zeros((), jnp.int32)}, "'params/scale' has dtype float32, the given tree int32"),
+        (lambda p: network(features=6), r"'params/conv/(bias|kernel/.*)' has shape"),
+        (
+            lambda p: p | {"linear": {"kernel": tdlrt_jax.hosvd(jnp.ones((8, 7)), rank=2)}},
+            r"'params/linear/kernel/factors/1' has shape \(6, 2\), the given tree \(7, 2\)",
+        ),
+        (
+            lambda p: p | {"linear": {"kernel": TuckerTensor(jnp.ones((2, 6)), (jnp.ones((8, 2)), None))}},
+            "without a place in the given tree: 'params/linear/kernel/factors/1'",
+        ),
+        (
+            lambda p: p | {"linear": {"kernel": jnp.zeros((8, 6))}},
+            "has no leaf for 'params/linear/kernel'",
+        ),
+    ],
+    ids=["left over", "missing", "shape", "dtype", "features", "mode size", "whole mode", "dense kernel"],
+)
+def test_errors_name_the_leaf(saved, change, words):
+    directory, tree = saved
+    like = {"params": change(tree["params"]), "opt_state": tree["opt_state"]}
+    with pytest.raises(ValueError, match=words):
+        checkpoint.restore(directory, like)
+
+
+def test_damaged_array_is_found_and_named(saved, monkeypatch):
+    directory, tree = saved
+    import orbax.checkpoint as ocp
+
+    original = ocp.StandardCheckpointHandler.restore
+
+    def flipped(self, *args, **kwargs):
+        arrays = original(self, *args, **kwargs)
+        bits = np.array(arrays["params/conv/bias"])
+        bits.view(np.uint32)[2] ^= 1  # one bit of one number
+        return {**arrays, "params/conv/bias": bits}
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", flipped)
+    with pytest.raises(ValueError, match="damaged: leaf 'params/conv/bias' is not what was saved"):
+        checkpoint.restore(directory, tree)
+
+
+@pytest.mark.parametrize("what", ["arrays", "manifest", "description", "metadata"])
+def test_damaged_files_are_reported(saved, what):
+    directory, tree = saved
+    checkpoint.save(directory, 4, tree)
+    folder = directory / "4"
+    files = {
+        "arrays": [path for path in (folder / "arrays").rglob("*") if path.is_file() and path.parent.name == "d"],
+        "manifest": list((folder / "arrays").rglob("manifest.ocdbt")),
+        "description": [path for path in (folder / "description").iterdir() if path.name == "metadata"],
+        "metadata": [folder / "arrays" / "_METADATA"],
+    }[what]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged.*another one: \[3\]"):
+        checkpoint.restore(directory, tree)
+    assert_equal(checkpoint.restore(directory, tree, 3)[0], tree)
+    shutil.rmtree(folder)
+    assert_equal(checkpoint.restore(directory, tree)[0], tree)
+
+
+def test_two_leaves_with_one_path_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        checkpoint.save(tmp_path, 0, {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)})
