@@ -1,6 +1,6 @@
 """Data sets: real images from tfds without TensorFlow, and handwritten digits that need no download.
 
-A decoded tfds set is kept as one file of uint8 arrays in the user's cache directory, so that only the first run decodes.
+A decoded tfds set is kept as one file of uint8 arrays in the user's cache directory: only the first run decodes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def load(
     """Loads a data set into host memory.
 
     Args:
-      name: ``"digits"`` (scikit-learn's, enlarged to 28x28), ``"mnist"``, ``"fashion_mnist"``, ``"cifar10"`` or ``"cifar100"``.
+      name: ``"digits"`` (scikit-learn's, enlarged to 28x28), ``"mnist"``, ``"fashion_mnist"``, ``"cifar10"`` or
+        ``"cifar100"``.
       data_dir: where tfds keeps prepared sets; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
       cache_dir: where decoded sets are kept; default :func:`cache_directory`.
       validation: fraction of the training images set apart, equally from all classes; 0 for none.
@@ -104,7 +105,7 @@ def load(
 
 
 def stratified_split(data: Images, fraction: float) -> tuple[Images, Images]:
-    """Sets ``fraction`` of every class apart, evenly spread over the set; no randomness, so the split is the same everywhere.
+    """Sets ``fraction`` of every class apart, evenly spread over the set; without randomness, so alike everywhere.
 
     Returns:
       The rest and the part set apart, both in the order of ``data``.
@@ -143,7 +144,7 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digits() -> tuple[Images, Images, str]:
-    """scikit-learn's 1797 digits, 8x8 with 17 grey levels, enlarged to the size that LeNet5 takes; a fifth of each class tests."""
+    """scikit-learn's 1797 digits, 8x8 with 17 grey levels, enlarged for LeNet5; a fifth of each class is for testing."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -188,8 +189,8 @@ def _find_prepared(name: str, root: Path) -> Path:
     found = f"is there as {', '.join(sorted(formats))} only" if formats else "is not there"
     raise FileNotFoundError(
         f"data set {name!r} {found}: looked for {root / name}/VERSION/dataset_info.json with fileFormat array_record. "
-        f"Name another directory with --data-dir or TFDS_DATA_DIR, or prepare the set there, which downloads it and needs TensorFlow "
-        f"(reading it does not):\n"
+        f"Name another directory with --data-dir or TFDS_DATA_DIR, or prepare the set there, which downloads it and needs "
+        f"TensorFlow (reading it does not):\n"
         f"  pip install tensorflow\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{root}', "
         f"file_format='array_record').download_and_prepare()\"\n"
@@ -233,7 +234,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _read_cache(path: Path, name: str) -> tuple[Images, Images] | None:
-    """The cached arrays, or ``None`` if there are none or they are not what was written (zip members carry checksums)."""
+    """The cached arrays; ``None`` if there are none or they are not what was written (zip members carry checksums)."""
     if not path.is_file():
         return None
     try:
@@ -253,7 +254,7 @@ def _read_cache(path: Path, name: str) -> tuple[Images, Images] | None:
 
 
 def _write_cache(path: Path, train: Images, test: Images) -> None:
-    """Writes beside the target and renames, so that a reader sees all or nothing. Without room or rights, says so and goes on."""
+    """Writes beside the target and renames: a reader sees all or nothing. Without room or rights, says so and goes on."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The directory of a run: its options, its metrics, its checkpoints, its result. Nothing in it is ever overwritten by another run."""
+"""The directory of a run: options, metrics, checkpoints, result. Nothing in it is ever overwritten by another run."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class RunDirectory:
         """The directory of a new run, or of one to be continued. Looks only; writes nothing.
 
         Raises:
-          RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other options,
-            or holds something else.
+          RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other
+            options, or holds something else.
         """
         directory = cls(config.run.run_dir or default_path(config))
         stored = directory.config()

@@ -1,7 +1,7 @@
 """The main job: ``python -m experiments.train``.
 
-Without options it trains LeNet5 in Tucker format on handwritten digits that need no download, adapting the ranks of every kernel.
-``--help`` lists the options.
+Without options it trains LeNet5 in Tucker format on handwritten digits that need no download, adapting the ranks of
+every kernel. ``--help`` lists the options.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; default those of the process.
 
     Returns:
-      The exit code: 0 when trained to the end, 1 when stopped by a number that is not finite, 2 for options or data that cannot
-      work, 130 and 143 when interrupted by SIGINT and SIGTERM.
+      The exit code: 0 when trained to the end, 1 when stopped by a number that is not finite, 2 for options or data that
+      cannot work, 130 and 143 when interrupted by SIGINT and SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -16,7 +16,16 @@ from jax import Array
 
 from tdlrt_jax.paths import kernel_paths, path_name
 from tdlrt_jax.truncation import max_capacity, truncate
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_rank, capacity, is_tucker, kernel_shape, multi_mode_product
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_rank,
+    capacity,
+    is_tucker,
+    kernel_shape,
+    multi_mode_product,
+)
 
 __all__ = ["canonicalize", "fit_capacity", "resize"]
 
@@ -80,8 +89,8 @@ def _resize_kernel(name: str, kernel: TuckerTensor, wanted: Capacity) -> TuckerT
             cut = jax.lax.slice_in_dim(array, min(target, array.shape[axis]), array.shape[axis], axis=axis)
             if np.any(np.asarray(cut) != 0):
                 raise ValueError(
-                    f"kernel {name!r}: capacity {target} on axis {axis} would cut entries that are not zero (shape {array.shape}, "
-                    f"ranks {_ranks_text(kernel)}): truncate first, or ask for at least the active rank"
+                    f"kernel {name!r}: capacity {target} on axis {axis} would cut entries that are not zero (shape "
+                    f"{array.shape}, ranks {_ranks_text(kernel)}): truncate first, or ask for at least the active rank"
                 )
             array = jax.lax.slice_in_dim(array, 0, min(target, array.shape[axis]), axis=axis)
         return jnp.pad(array, [(0, target - have) for target, have in zip(targets, array.shape)])
@@ -143,7 +152,7 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
       that carry nothing are dropped.
     """
     core = kernel.core
-    bases: list[Array | None] = []
+    bases: list[ModeArray] = []
     for mode, factor in enumerate(kernel.factors):
         if factor is None:
             bases.append(None)

@@ -1,8 +1,9 @@
 """Checkpoints of networks whose kernels change their shapes: arrays by path, true ranks beside them.
 
-A checkpoint is one directory of orbax, ``DIRECTORY/STEP``, written under a temporary name and renamed when it is complete. Arrays are
-stored by their path in the tree, so they are found again whatever containers the tree is made of, and at the shapes they had; the
-ranks in use, a checksum of every array and the caller's own metadata are JSON beside them.
+A checkpoint is one directory of orbax, ``DIRECTORY/STEP``, written under a temporary name and renamed when it is
+complete. Arrays are stored by their path in the tree, so they are found again whatever containers the tree is made of,
+and at the shapes they had; the ranks in use, a checksum of every array and the caller's own metadata are JSON beside
+them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def save(
       keep: delete the oldest checkpoints beyond so many; default all are kept.
 
     Returns:
-      The checkpoint's directory. It exists only once it is complete: an interrupted save leaves the earlier checkpoints as the last.
+      The checkpoint's directory. It exists only once it is complete: after an interrupted save the one before is the last.
 
     Raises:
       ValueError: for a step that exists already or is negative, or two leaves with one path.
@@ -76,9 +77,9 @@ def save(
 def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Restores a checkpoint into the structure of ``like``, matching leaves by path.
 
-    Arrays of Tucker kernels (and of optimizer moments, which are stored like them) come back at the *stored* capacity, whatever
-    capacity ``like`` has; :func:`tdlrt_jax.resize` brings them to another one. All other shapes, and all dtypes, must be those of
-    ``like``.
+    Arrays of Tucker kernels (and of optimizer moments, which are stored like them) come back at the *stored* capacity,
+    whatever capacity ``like`` has; :func:`tdlrt_jax.resize` brings them to another one. All other shapes, and all
+    dtypes, must be those of ``like``.
 
     Args:
       directory: as given to :func:`save`.

@@ -1,8 +1,8 @@
 """Theorem 1: the variables ``K_i`` and one chart in which all their gradients come from one backward pass.
 
 With ``Mat_i(C)^T = Q_i S_i^T`` (QR) and ``K_i = U_i S_i``, Theorem 1 asks for the gradients of
-``L(Ten_i(Q_i^T) ×_{j != i} U_j ×_i K_i)`` with respect to every ``K_i``, and of ``L(C ×_j U_j)`` with respect to ``C``, all at the
-same kernel ``W``. They are the partial derivatives of one function, the affine chart of the tangent space (3) at ``W``::
+``L(Ten_i(Q_i^T) ×_{j != i} U_j ×_i K_i)`` with respect to every ``K_i``, and of ``L(C ×_j U_j)`` with respect to ``C``, all at
+the same kernel ``W``. They are the partial derivatives of one function, the affine chart of the tangent space (3) at ``W``::
 
     W(C, K_1..K_d) = C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (K_i - U_i S_i)
 
@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import (
     HIGHEST,
+    ModeArray,
     TuckerTensor,
     active_columns,
+    check_structure,
     fold,
     is_tucker,
     mode_product,
@@ -40,9 +43,9 @@ class Frame(NamedTuple):
     """
 
     core: Array  # (R_1, ..., R_d)
-    K: tuple[Array | None, ...] | None  # (n_i, R_i) each, K_i = U_i S_i; None for a whole mode
-    U: tuple[Array | None, ...]  # (n_i, R_i) each; None for a whole mode
-    Q: tuple[Array | None, ...] | None  # (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal
+    K: Any  # a tuple of ModeArray, (n_i, R_i) each, K_i = U_i S_i; None in a core-only frame
+    U: tuple[ModeArray, ...]  # (n_i, R_i) each
+    Q: Any  # a tuple of ModeArray, (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal; None likewise
 
     def chart_to_dense(self) -> Array:
         """``W(C, K_1..K_d)`` as an ``(n_1, ..., n_d)`` array, differentiable in ``core`` and ``K`` only."""
@@ -104,10 +107,14 @@ def lift(kernel: TuckerTensor) -> Frame:
 
     Returns:
       A frame whose ``K_i`` have the shapes of the factors, zero in padded columns.
+
+    Raises:
+      ValueError: naming the mode, for factors that do not fit the core, or ``R_i > prod_{j != i} R_j``.
     """
+    check_structure(kernel)
     mask = active_core(kernel)
-    K: list[Array | None] = []
-    Q: list[Array | None] = []
+    K: list[ModeArray] = []
+    Q: list[ModeArray] = []
     for mode, factor in enumerate(kernel.factors):
         if factor is None:
             K.append(None)
@@ -143,7 +150,8 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:
-      ``f(params, *args, **kwargs) -> (value, grads)``.
+      ``f(params, *args, **kwargs) -> (value, grads)``. It raises ``ValueError``, naming kernel and mode, for kernels that
+      :func:`lift` cannot work on.
 
     Example:
       >>> import jax, jax.numpy as jnp, tdlrt_jax
@@ -157,17 +165,24 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
     """
 
     def evaluate(params: Any, *args: Any, **kwargs: Any) -> Any:
-        nodes, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
-        frames = [lift(node) if is_tucker(node) else node for node in nodes]
+        nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)
+        frames = [_lift_node(path, node) for path, node in nodes]
         points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
 
         def of_points(points: list[Any], *args: Any, **kwargs: Any) -> Any:
             lifted = [
                 with_point(frame, point) if isinstance(frame, Frame) else point for frame, point in zip(frames, points)
             ]
-            return loss_fn(treedef.unflatten(lifted), *args, **kwargs)
+            return loss_fn(jax.tree.unflatten(treedef, lifted), *args, **kwargs)
 
         value, grads = jax.value_and_grad(of_points, has_aux=has_aux)(points, *args, **kwargs)
-        return value, treedef.unflatten(grads)
+        return value, jax.tree.unflatten(treedef, grads)
 
     return evaluate
+
+
+def _lift_node(path: tuple, node: Any) -> Any:
+    if not is_tucker(node):
+        return node
+    check_structure(node, path_name(path))
+    return lift(node)

@@ -22,6 +22,7 @@ from tdlrt_jax.transport import Kind, Moment, embed_moment, find_moments, transp
 from tdlrt_jax.truncation import RankPolicy, max_capacity, per_mode
 from tdlrt_jax.tucker import (
     HIGHEST,
+    ModeArray,
     TuckerTensor,
     active_columns,
     active_rank,
@@ -183,7 +184,7 @@ class NetworkStep(NamedTuple):
         for position, i, kind in self._moments(state):
             if kind != "scalar":
                 nodes[position] = function(nodes[position], i, kind)
-        return treedef.unflatten(nodes)
+        return jax.tree.unflatten(treedef, nodes)
 
     def _transport(
         self,
@@ -210,7 +211,7 @@ class NetworkStep(NamedTuple):
             if turns is not None:  # the core's moment is in the new bases already
                 carried = carried._replace(core=core_moment)
             last[position] = carried
-        return treedef.unflatten(last)
+        return jax.tree.unflatten(treedef, last)
 
 
 def look_plain(frames: list[Frame], grads: list[TuckerTensor]) -> Array:
@@ -231,7 +232,7 @@ def look_plain(frames: list[Frame], grads: list[TuckerTensor]) -> Array:
 
 def _project(grad: TuckerTensor, frame: Frame) -> TuckerTensor:
     """``(dC, (I - U_i U_i^T) dK_i)``: orthogonal coordinates of the projected gradient, so norms are those of the gradient."""
-    factors = []
+    factors: list[ModeArray] = []
     for u, dk in zip(frame.U, grad.factors):
         if u is None or dk is None:
             factors.append(None)

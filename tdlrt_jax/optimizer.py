@@ -1,13 +1,12 @@
 """``tdlrt``: an optax transformation that moves Tucker kernels by an integrator.
 
 An inner optax transformation is the descent step of lines 4 and 9 of Algorithm 1. It works in the coordinates of Theorem 1: its
-state has the shapes of the parameters, its gradients are ``(dC, (I - U_i U_i^T) dK_i)``, its parameters ``(C, K_i)``. The integrator
-turns its updates into the next kernel, and the transport carries its state along.
+state has the shapes of the parameters, its gradients are ``(dC, (I - U_i U_i^T) dK_i)``, its parameters ``(C, K_i)``. The
+integrator turns its updates into the next kernel, and the transport carries its state along.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from tdlrt_jax.network import NetworkStep, StepOutcome, look_plain
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.transport import Kind, find_moments
 from tdlrt_jax.truncation import Convention, Criterion, RankPolicy, check_policy, check_tolerance, per_mode
-from tdlrt_jax.tucker import TuckerTensor, active_rank
+from tdlrt_jax.tucker import TuckerTensor, active_rank, check_structure
 
 __all__ = ["TdlrtState", "tdlrt"]
 
@@ -60,8 +59,8 @@ def tdlrt(
 ) -> optax.GradientTransformationExtraArgs:
     """Dynamical low-rank training: an optax transformation for parameters with Tucker kernels among them.
 
-    Kernels (:class:`TuckerTensor` anywhere in the parameters) move by the integrator, all other leaves by ``inner`` directly, once a
-    step. It replaces bases, so it stands last in a chain; clipping, schedules, weight decay (which acts through the core),
+    Kernels (:class:`TuckerTensor` anywhere in the parameters) move by the integrator, all other leaves by ``inner`` directly,
+    once a step. It replaces bases, so it stands last in a chain; clipping, schedules, weight decay (which acts through the core),
     partitions and plateau schedules go inside.
 
     Args:
@@ -78,10 +77,11 @@ def tdlrt(
       moments: how state fields that optax does not have transform: name to ``"linear"`` or ``"squared"``.
 
     Returns:
-      A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, **extra)``. ``grads`` are
-      those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call ``value_and_grad_fn(params) -> (value, grads)``
-      once more, with core-only frames in the place of the kernels. ``optax.apply_updates(params, updates)`` gives the next
-      parameters. With a gradient that is not finite, parameters and inner state stay and ``state.status`` says so.
+      A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, **extra)``. ``grads``
+      are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
+      ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels.
+      ``optax.apply_updates(params, updates)`` gives the next parameters. With a gradient that is not finite, parameters and
+      inner state stay and ``state.status`` says so.
 
     Raises:
       ValueError: at once for options that cannot work; from ``init`` for kernels and inner states that cannot.
@@ -224,29 +224,13 @@ def _all_finite(tree: Any) -> Array:
 
 def _check_kernel(name: str, kernel: TuckerTensor) -> None:
     """Raises ``ValueError`` for a kernel that is not a Tucker tensor in this library's sense; eager values only."""
-    core, factors = kernel.core, kernel.factors
-    if core.ndim != len(factors) or core.ndim < 2:
-        raise ValueError(
-            f"kernel {name!r} has a core with {core.ndim} modes and {len(factors)} factors: expected one factor a mode "
-            "(None for a whole mode) and at least two modes"
-        )
-    for mode, (size, factor) in enumerate(zip(core.shape, factors)):
-        if factor is not None and (factor.ndim != 2 or factor.shape[1] != size or size > factor.shape[0]):
-            raise ValueError(
-                f"kernel {name!r}: factor {mode} has shape {factor.shape}, its core mode size {size}: expected (n, {size}) with "
-                f"n >= {size}"
-            )
-        if factor is not None and size > math.prod(core.shape) // size:
-            raise ValueError(
-                f"kernel {name!r}: capacity {size} of mode {mode} exceeds the product of the others (core shape {core.shape}), so "
-                "its unfolding cannot have that rank. tdlrt_jax.resize(kernel, core.shape) lowers it"
-            )
+    check_structure(kernel, name)
     for leaf in jax.tree.leaves(kernel):
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.finfo(leaf.dtype).bits < 32:
             raise ValueError(
                 f"kernel {name!r} has dtype {leaf.dtype}: cores and factors are float32 or wider (layers may compute in less)"
             )
-    for mode, factor in enumerate(factors):
+    for mode, factor in enumerate(kernel.factors):
         if factor is None or isinstance(factor, jax.core.Tracer):
             continue
         u = np.asarray(factor, np.float64)

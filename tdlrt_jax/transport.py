@@ -1,9 +1,9 @@
 """Carries optimizer state through a change of basis.
 
 The moments of a kernel, ``(m_C, m_{K_i})``, are the coordinates of one tangent vector
-``V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}``. When the bases move, the new moments are the coordinates of
-the orthogonal projection of ``V`` onto the new tangent space. Second moments are not vectors: they are carried by the same maps
-with every matrix squared entrywise, which keeps them nonnegative and bounded.
+``V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}``. When the bases move, the new moments are the
+coordinates of the orthogonal projection of ``V`` onto the new tangent space. Second moments are not vectors: they are carried by
+the same maps with every matrix squared entrywise, which keeps them nonnegative and bounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import Array
 
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.integrators import Augmented, embed
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, is_tucker, multi_mode_product, unfold
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, is_tucker, multi_mode_product, unfold
 
 __all__ = [
     "Moment",
@@ -134,9 +134,7 @@ def embed_moment(moment: TuckerTensor, augmented: Augmented, kind: Kind) -> Arra
     return embed(moment, _squared_bases(augmented) if kind == "squared" else augmented)
 
 
-def turn_moment(
-    moment: TuckerTensor, augmented: Augmented, turns: tuple[Array | None, ...] | None, kind: Kind
-) -> Array:
+def turn_moment(moment: TuckerTensor, augmented: Augmented, turns: tuple[ModeArray, ...] | None, kind: Kind) -> Array:
     """The moment of the core in the bases of the Galerkin step, where line 9 takes it up.
 
     Args:
@@ -156,9 +154,9 @@ def turn_moment(
 
 def transport_moment(
     core: Array,
-    K: Sequence[Array | None],
+    K: Sequence[ModeArray],
     augmented: Augmented,
-    rotations: Sequence[Array | None],
+    rotations: Sequence[ModeArray],
     frame: Frame,
     kind: Kind,
 ) -> TuckerTensor:
@@ -169,9 +167,9 @@ def transport_moment(
 
 def transport(
     core: Array,
-    K: Sequence[Array | None],
+    K: Sequence[ModeArray],
     augmented: Augmented,
-    rotations: Sequence[Array | None],
+    rotations: Sequence[ModeArray],
     frame: Frame,
 ) -> TuckerTensor:
     """Projects a tangent vector onto the tangent space at the next kernel.
@@ -186,7 +184,7 @@ def transport(
     Returns:
       ``TuckerTensor(m_C, m_{K_i})`` in the coordinates of ``frame``.
     """
-    moments: list[Array | None] = []
+    moments: list[ModeArray] = []
     overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(rotations, augmented.frame.U)]
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
@@ -203,9 +201,9 @@ def transport(
 
 def transport_squares(
     core: Array,
-    K: Sequence[Array | None],
+    K: Sequence[ModeArray],
     augmented: Augmented,
-    rotations: Sequence[Array | None],
+    rotations: Sequence[ModeArray],
     frame: Frame,
 ) -> TuckerTensor:
     """Carries a second moment: the maps of :func:`transport` with every matrix squared entrywise, ``v <- (T ∘ T) v``.
@@ -213,8 +211,8 @@ def transport_squares(
     ``(T sqrt(v))^2`` would cancel and make steps of many learning rates. What the augmented core and ``K`` both describe is taken
     once, as the larger of the two; no entry can grow.
     """
-    moments: list[Array | None] = []
-    squared = _squares(tuple(rotations))
+    moments: list[ModeArray] = []
+    squared = _squares(rotations)
     overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(squared, augmented.frame.U)]
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
@@ -232,8 +230,8 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
-def _squares(matrices: tuple[Array | None, ...] | None) -> tuple[Array | None, ...] | None:
-    return None if matrices is None else tuple(None if m is None else m**2 for m in matrices)
+def _squares(matrices: Sequence[ModeArray]) -> tuple[ModeArray, ...]:
+    return tuple(None if m is None else m**2 for m in matrices)
 
 
 def _squared_bases(augmented: Augmented) -> Augmented:

@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, fold, mode_product, unfold
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, fold, mode_product, unfold
 
 __all__ = ["RankPolicy", "Truncated", "hosvd", "max_capacity", "truncate"]
 
@@ -56,9 +57,7 @@ class Truncated(NamedTuple):
     """A truncated core and how it came about: ``core = C ×_i P_i^T`` and ``||C - core ×_i P_i|| = error ||C||``."""
 
     core: Array  # (R_1, ..., R_d), zero beyond the ranks
-    rotations: tuple[
-        Array | None, ...
-    ]  # P_i, (m_i, R_i) with orthonormal columns up to the rank; None for a whole mode
+    rotations: tuple[ModeArray, ...]  # P_i, (m_i, R_i) with orthonormal columns up to the rank; None for a whole mode
     rank: Array  # int32 (d,)
     error: Array  # scalar, relative to ||C||
     bound: Array  # bool (d,): a max_rank or the capacity kept the rank below what the tolerance asks for
@@ -128,8 +127,8 @@ def thresholds(tolerance: Array, norm: Array, whole: Sequence[bool], policy: Ran
 def choose_rank(energies: Array, threshold: Array, policy: RankPolicy) -> Array:
     """How many of the slice energies (of a core of norm 1, descending to rounding) to keep, before bounds: an int32 scalar.
 
-    ``tail``: the smallest r with ``sum_{j >= r} e_j <= threshold^2``. ``each``: the smallest r with all ``e_j <= threshold^2`` from r
-    on. Slices below the rounding of the core's norm are noise and always go; ``spare`` more of the others stay.
+    ``tail``: the smallest r with ``sum_{j >= r} e_j <= threshold^2``. ``each``: the smallest r with all ``e_j <= threshold^2``
+    from r on. Slices below the rounding of the core's norm are noise and always go; ``spare`` more of the others stay.
     """
     eps = jnp.finfo(energies.dtype).eps
     limit = threshold**2 * (1 - 100 * eps)
@@ -137,7 +136,7 @@ def choose_rank(energies: Array, threshold: Array, policy: RankPolicy) -> Array:
     return jnp.minimum(_last_above(kept, limit) + policy.spare, _last_above(energies, (4 * eps) ** 2))
 
 
-def _last_above(values: Array, limit: Array | float) -> Array:
+def _last_above(values: Array, limit: ArrayLike) -> Array:
     """One more than the last index at which ``values > limit``, 0 if there is none."""
     return jnp.max(jnp.where(values > limit, jnp.arange(1, values.shape[0] + 1), 0)).astype(jnp.int32)
 
@@ -196,7 +195,7 @@ def truncate(
     *,
     capacity: tuple[int, ...] | None = None,
     whole: tuple[bool, ...] | None = None,
-    valid: Sequence[Array | None] | None = None,
+    valid: Sequence[ModeArray] | None = None,
     policy: RankPolicy = DEFAULT_POLICY,
     floor: Array | None = None,
 ) -> Truncated:
@@ -232,8 +231,10 @@ def truncate(
     working = working / jnp.where(norm > 0, norm, 1)
     limits = thresholds(tolerance, jnp.where(norm > 0, norm * largest, 1), whole, policy)
 
-    rotations: list[Array | None] = [None] * order
-    masks = [jnp.ones(m, bool) if valid is None or valid[i] is None else valid[i] for i, m in enumerate(core.shape)]
+    rotations: list[ModeArray] = [None] * order
+    masks: list[Array] = [
+        jnp.ones(m, bool) if valid is None or valid[i] is None else valid[i] for i, m in enumerate(core.shape)
+    ]
     # Spare directions lie below the cut, so they need one round more than the tolerance does.
     rounds = jnp.where(tolerance < REFINE_BELOW, ALL_ROUNDS, 2 if policy.spare else 1)
     dropped = jnp.zeros((), dtype)
@@ -265,8 +266,8 @@ def truncate(
 
 
 def _make_ranks_consistent(
-    core: Array, rotations: list[Array | None], masks: list[Array], whole: Sequence[bool]
-) -> tuple[Array, list[Array | None], list[Array]]:
+    core: Array, rotations: list[ModeArray], masks: list[Array], whole: Sequence[bool]
+) -> tuple[Array, list[ModeArray], list[Array]]:
     """Removes exactly dependent slices: a rank never exceeds the product of the others, ``r_i <= prod_{j != i} r_j``.
 
     Cutting a later mode can leave an earlier one with more slices than its unfolding has columns.
@@ -346,7 +347,7 @@ def _hosvd(
     tensor: Array, tolerance: Array, sizes: tuple[int, ...], whole: tuple[bool, ...], policy: RankPolicy
 ) -> TuckerTensor:
     core = tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
-    bases: list[Array | None] = [None] * tensor.ndim
+    bases: list[ModeArray] = [None] * tensor.ndim
     for mode in range(tensor.ndim):
         rows = unfold(core, mode)
         if not whole[mode] and rows.shape[0] > rows.shape[1]:  # a tall unfolding: its row space is all there is

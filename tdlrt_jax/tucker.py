@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 __all__ = [
+    "ModeArray",
     "TuckerTensor",
     "active_rank",
     "capacity",
+    "check_structure",
     "fold",
     "is_tucker",
     "kernel_shape",
@@ -30,6 +32,10 @@ __all__ = [
 ]
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+# What belongs to one mode (a factor, K_i, Q_i, a rotation, a mask): an array, or None for a whole mode. Which of the two follows
+# from the kernel's structure, the same in all tuples of one kernel, and types cannot say so: to a type checker it is Any.
+ModeArray: TypeAlias = Any
 
 
 class TuckerTensor(NamedTuple):
@@ -46,20 +52,57 @@ class TuckerTensor(NamedTuple):
     """
 
     core: Array  # (R_1, ..., R_d), R_i the capacity of mode i
-    factors: tuple[Array | None, ...]  # (n_i, R_i) with orthonormal columns up to the rank; None for a whole mode
+    factors: tuple[ModeArray, ...]  # (n_i, R_i) with orthonormal columns up to the rank; None for a whole mode
 
-    def _no_arithmetic(self, *_: Any) -> NoReturn:
-        raise TypeError(
-            "a TuckerTensor has no arithmetic (tuple arithmetic would be silently wrong): map over its arrays with "
-            "jax.tree.map, or go through tdlrt_jax.to_dense(kernel)"
-        )
 
-    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = _no_arithmetic  # type: ignore[assignment]
+def _no_arithmetic(self: TuckerTensor, *_: Any) -> NoReturn:
+    raise TypeError(
+        "a TuckerTensor has no arithmetic (tuple arithmetic would be silently wrong): map over its arrays with "
+        "jax.tree.map, or go through tdlrt_jax.to_dense(kernel)"
+    )
+
+
+# A NamedTuple's body allows a type checker no such assignments.
+for _operator in ("__add__", "__radd__", "__mul__", "__rmul__", "__sub__", "__rsub__", "__truediv__"):
+    setattr(TuckerTensor, _operator, _no_arithmetic)
 
 
 def is_tucker(node: Any) -> bool:
     """Whether a pytree node is a :class:`TuckerTensor`; meant for ``is_leaf=``."""
     return isinstance(node, TuckerTensor)
+
+
+def check_structure(kernel: TuckerTensor, name: str | None = None) -> None:
+    """Raises ``ValueError`` unless core and factors fit together: one factor a mode, of shapes that a lift can work on.
+
+    Only shapes are read, so it works under ``jit``.
+
+    Args:
+      kernel: core ``(R_1, ..., R_d)``, d >= 2, and factors ``(n_i, R_i)`` with ``R_i <= min(n_i, prod_{j != i} R_j)``, or None.
+      name: the kernel's path, for the message.
+    """
+    who = "the kernel" if name is None else f"kernel {name!r}"
+    core, factors = kernel.core, kernel.factors
+    if core.ndim != len(factors) or core.ndim < 2:
+        raise ValueError(
+            f"{who} has a core with {core.ndim} modes and {len(factors)} factors: expected one factor a mode "
+            "(None for a whole mode) and at least two modes"
+        )
+    for mode, (size, factor) in enumerate(zip(core.shape, factors)):
+        if factor is None:
+            continue
+        if factor.ndim != 2 or factor.shape[1] != size or not 1 <= size <= factor.shape[0]:
+            raise ValueError(
+                f"{who}: factor {mode} has shape {factor.shape}, its core mode size {size}: expected (n, {size}) with "
+                f"n >= {size} >= 1"
+            )
+        others = math.prod(core.shape[:mode] + core.shape[mode + 1 :])
+        if size > others:
+            raise ValueError(
+                f"{who}: capacity {size} of mode {mode} exceeds the product {others} of the others (core shape "
+                f"{core.shape}), so its unfolding cannot have that rank. "
+                f"tdlrt_jax.resize(tdlrt_jax.canonicalize(kernel), {core.shape}) lowers it without changing the tensor"
+            )
 
 
 def unfold(tensor: Array, mode: int) -> Array:
@@ -73,7 +116,7 @@ def fold(matrix: Array, mode: int, shape: Sequence[int]) -> Array:
     return jnp.moveaxis(matrix.reshape(shape[mode], *rest), 0, mode)
 
 
-def mode_product(tensor: Array, matrix: Array | None, mode: int) -> Array:
+def mode_product(tensor: Array, matrix: ModeArray, mode: int) -> Array:
     """``tensor ×_i matrix``: contracts mode ``i`` of ``tensor`` with the columns of an ``(m, n_i)`` matrix.
 
     ``None`` stands for the identity. Done at the highest precision: the product forms bases and cores.
@@ -85,7 +128,7 @@ def mode_product(tensor: Array, matrix: Array | None, mode: int) -> Array:
 
 
 def multi_mode_product(
-    tensor: Array, matrices: Sequence[Array | None], *, transpose: bool = False, skip: int | None = None
+    tensor: Array, matrices: Sequence[ModeArray], *, transpose: bool = False, skip: int | None = None
 ) -> Array:
     """``tensor ×_{j != skip} A_j``, or ``×_j A_j^T`` with ``transpose``.
 

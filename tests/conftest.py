@@ -4,8 +4,8 @@ import os
 
 import jaxlib
 
-# Tests compile many small programs and run each for a moment: compile fast, not well. The last flag is known to this jaxlib series;
-# an unknown flag would end the process.
+# Tests compile many small programs and run each for a moment: compile fast, not well. The last flag is known to this jaxlib
+# series; an unknown flag would end the process.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jaxlib.__version__.startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"

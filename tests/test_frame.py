@@ -1,12 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from tdlrt_jax import Frame, TuckerTensor, lift, resize, to_dense, value_and_grad
+from tdlrt_jax import Frame, TuckerTensor, canonicalize, lift, resize, tdlrt, to_dense, value_and_grad
 from tdlrt_jax.tucker import multi_mode_product, unfold
 from tests import references
-from tests.helpers import dense64, random_kernel
+from tests.helpers import dense64, orthonormal, random_kernel
 
 
 def loss(dense):
@@ -120,7 +121,9 @@ def test_core_only_frames_give_the_galerkin_gradient(x64, rng):
     value, grads = value_and_grad(lambda p: loss(to_dense(p["w"])))({"w": frame})
     dense_grad = jax.grad(loss)(to_dense(kernel))
     np.testing.assert_allclose(value, loss(to_dense(kernel)))
-    np.testing.assert_allclose(grads["w"].core, multi_mode_product(dense_grad, kernel.factors, transpose=True), atol=1e-12)
+    np.testing.assert_allclose(
+        grads["w"].core, multi_mode_product(dense_grad, kernel.factors, transpose=True), atol=1e-12
+    )
     assert grads["w"].factors == (None, None, None)
 
 
@@ -132,3 +135,45 @@ def test_plain_differentiation_keeps_its_meaning(x64, rng):
     np.testing.assert_allclose(grads.factors[0], dense_grad @ kernel.factors[1] @ kernel.core.T, atol=1e-12)
     _, curvature = jax.jvp(jax.grad(lambda w: loss(to_dense(w))), (kernel,), (kernel,))
     assert np.isfinite(curvature.core).all() and np.abs(curvature.core).max() > 0
+
+
+def test_a_capacity_that_no_unfolding_can_fill_is_refused(x64, rng):
+    """By lift and by value_and_grad, naming kernel, mode, capacity and product; the advice given works."""
+    kernel = TuckerTensor(
+        jnp.array(rng.normal(size=(2, 5, 2))), tuple(jnp.array(orthonormal(rng, 6, r)) for r in (2, 5, 2))
+    )
+    message = r"capacity 5 of mode 1 exceeds the product 4 of the others \(core shape \(2, 5, 2\)\)"
+    with pytest.raises(ValueError, match="the kernel: " + message):
+        lift(kernel)
+    for f in (value_and_grad(lambda p: loss(to_dense(p["a"]["w"]))), tdlrt(optax.sgd(0.1), tolerance=0.1).init):
+        with pytest.raises(ValueError, match="kernel 'a/w': " + message):
+            f({"a": {"w": kernel}})
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lift)(kernel)
+    smaller = resize(canonicalize(kernel), kernel.core.shape)
+    assert smaller.core.shape == (2, 4, 2)
+    np.testing.assert_allclose(to_dense(smaller), to_dense(kernel), atol=1e-13)
+    lift(smaller)
+
+
+def test_whole_modes_have_no_such_limit(x64, rng):
+    frame = lift(random_kernel(rng, (9, 4, 2), (None, 4, 2)))
+    np.testing.assert_allclose(frame.K[1] @ unfold(frame.Q[1], 1), frame.U[1] @ unfold(frame.core, 1), atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(3, 2)], r"a core with 2 modes and 1 factors"),
+        ([(3, 2), (4, 2), (5, 2)], r"a core with 2 modes and 3 factors"),
+        ([(3, 2), (4, 1)], r"factor 1 has shape \(4, 1\), its core mode size 2"),
+        ([(1, 2), (4, 2)], r"factor 0 has shape \(1, 2\), its core mode size 2"),
+        ([(2,), (4, 2)], r"factor 0 has shape \(2,\), its core mode size 2"),
+    ],
+)
+def test_factors_that_do_not_fit_the_core_are_refused(shapes, message):
+    kernel = TuckerTensor(jnp.ones((2, 2)), tuple(jnp.ones(shape) for shape in shapes))
+    with pytest.raises(ValueError, match="the kernel.*" + message):
+        lift(kernel)
+    with pytest.raises(ValueError, match="kernel 'w'.*" + message):
+        value_and_grad(lambda p: jnp.sum(to_dense(p["w"])))({"w": kernel})

@@ -78,7 +78,8 @@ def test_conventions(x64):
 def test_a_matrix_is_truncated_once_with_the_whole_tolerance(x64, rng):
     left, right = np.linalg.qr(rng.normal(size=(6, 6)))[0], np.linalg.qr(rng.normal(size=(5, 5)))[0]
     matrix = left[:, :5] @ np.diag([1, 0.5, 0.1, 0.05, 0.01]) @ right
-    cut = truncate(jnp.array(matrix), 0.1)  # the tail (0.1, 0.05, 0.01) has norm 0.112, (0.05, 0.01) 0.051; ||C|| = 1.12
+    # The tail (0.1, 0.05, 0.01) has norm 0.112, (0.05, 0.01) 0.051; ||C|| = 1.12.
+    cut = truncate(jnp.array(matrix), 0.1)
     assert cut.rank.tolist() == [2, 2]
 
 

@@ -40,7 +40,9 @@ def test_mode_products_commute_and_skip(x64, rng):
 def test_to_dense_is_equation_2(x64, rng):
     kernel = random_kernel(rng, (3, 4, 5, 6), (2, 3, None, 4))
     c, (u1, u2, _, u4) = kernel
-    np.testing.assert_allclose(to_dense(kernel), np.einsum("abcd,ia,jb,ld->ijcl", c, u1, u2, u4), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        to_dense(kernel), np.einsum("abcd,ia,jb,ld->ijcl", c, u1, u2, u4), rtol=1e-12, atol=1e-14
+    )
     assert kernel_shape(kernel) == (3, 4, 5, 6)
 
 

@@ -100,6 +100,11 @@ def _expand(how: Application, b: Array, matrix: Array | None) -> Array:
     return y.reshape(*y.shape[:-2], n_out)
 
 
+def _project(how: Application, dy: Array, matrix: Array, b: Array) -> Array:
+    """``P = dY U_out``, the transpose of :func:`_expand` in an array like ``b``."""
+    return _transpose(lambda b: _expand(how, b, matrix), b, dy)
+
+
 def _merge(how: Application, tensor: Array, factors: tuple[Array | None, ...]) -> Array:
     """``M[X]``, in the dtype of the kernel and at the highest precision."""
     return multi_mode_product(tensor, _merged_factors(how, factors))
@@ -135,8 +140,10 @@ def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame
     p = dy = dy.astype(x.dtype)
     dK: list[Array | None] = [None] * len(U)
     if how.stream_out:
-        p = _transpose(lambda b: _expand(how, b, U[-1]), b, dy)
-        dK[-1] = _transpose(lambda k: _expand(how, b, k), K[-1], dy)
+        p = _project(how, dy, U[-1], b)
+        # The transpose of P = dY K_out in K_out, at B, and not that of Y = B K_out^T, at dY: the same product, but with r_out
+        # rows instead of columns XLA's CPU backend takes 0.6 instead of 2.9 ms (rank 6, 64 channels, 32,768 pixels).
+        dK[-1] = _transpose(lambda k: _project(how, dy, k, b), K[-1], b)
 
     kernel = _merge(how, _orthonormal(Q[-2], core, how.stream_in), U)
     e = _transpose(lambda a: _convolve(how, a, kernel), a, p)

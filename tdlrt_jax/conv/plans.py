@@ -39,7 +39,7 @@ class Work(NamedTuple):
     backward: int  # the same, for the input's and all kernel gradients
     kernel: int  # multiply-adds to form the kernels that are convolved and to contract their gradient
     elements: int  # activations read and written by all stages
-    patches: int  # entries of the patches that a convolution makes of its input where it is done as a matrix product
+    gathered: int  # pixels gathered into patches by the convolutions, one for each output pixel and window position
 
     @property
     def total(self) -> int:
@@ -48,18 +48,21 @@ class Work(NamedTuple):
 
 
 class _Balance(NamedTuple):
-    """How a device weighs memory traffic against arithmetic: multiply-adds in the time of one element moved."""
+    """How a device weighs memory traffic against arithmetic: multiply-adds in the time of one element read or written."""
 
     per_element: float
-    patches: bool  # whether convolutions write their patches to memory
+    per_gathered: float  # and in the time of one pixel copied into a patch
 
 
-# Measured on two CPU cores, jax 0.10: matrix products and convolutions both reach about 50 G multiply-adds/s with many
-# channels; with few (3 to 64 channels, 8x8 to 32x32 pixels) their times follow (multiply-adds + 10 per element moved,
-# patches included) within 1.7x.
-_BALANCE = {"cpu": _Balance(10.0, True)}
+# Measured on two CPU cores, jax 0.10, float32: products and convolutions reach about 50 G multiply-adds/s, and over 1 to
+# 512 channels and 2x2 to 32x32 pixels their times follow (multiply-adds + 10 per element + 200 per gathered pixel), mostly
+# within a factor of 2; the last term is what makes convolutions of few channels slow.
+_BALANCE = {"cpu": _Balance(10.0, 200.0)}
 # Not measured: the ratio of float32 arithmetic to memory bandwidth in the data sheets of current accelerators.
-_ACCELERATOR = _Balance(40.0, False)
+_ACCELERATOR = _Balance(40.0, 0.0)
+# The prediction is no better than this: a plan with more stages must save more.
+_MARGIN = 1.1
+_USUAL_BATCH = 32
 
 
 def streamed_modes(plan: str) -> tuple[bool, bool]:
@@ -123,8 +126,9 @@ def choose_plan(
 ) -> str:
     """The plan that :func:`tdlrt_jax.tucker_conv` takes by itself, from static shapes alone.
 
-    The cheapest by multiply-adds and, weighed for the device, elements moved, among the plans with no more
-    multiply-adds than the kernel rebuilt; depthwise kernels are always rebuilt.
+    The cheapest, by multiply-adds and, weighed for the device, memory traffic, among the plans with no more
+    multiply-adds than the kernel rebuilt. Of plans that are nearly as cheap, the one with the fewest stages. Depthwise
+    kernels are always rebuilt.
 
     Args:
       kernel_shape, rank, x_shape, strides, padding, dilation, groups, input_dilation: as in :func:`count_work`.
@@ -152,17 +156,21 @@ def plan_for(
     *,
     device: str | None = None,
 ) -> str:
-    """:func:`choose_plan` for arguments already made explicit."""
+    """:func:`choose_plan` for arguments already made explicit; a symbolic batch counts as one of a usual size."""
+    batch = batch if isinstance(batch, int) else _USUAL_BATCH
     if is_depthwise(kernel_shape, geometry.groups):
         return "dense"
     balance = _BALANCE.get(device or jax.default_backend(), _ACCELERATOR)
     work = {plan: work_of(plan, kernel_shape, rank, batch, image, geometry) for plan in PLANS}
 
     def predicted(plan: str) -> float:
-        moved = work[plan].elements + (work[plan].patches if balance.patches else 0)
-        return work[plan].total + balance.per_element * moved
+        w = work[plan]
+        return w.total + balance.per_element * w.elements + balance.per_gathered * w.gathered
 
-    return min((plan for plan in PLANS if work[plan].total <= work["dense"].total), key=predicted)
+    candidates = [plan for plan in PLANS if work[plan].total <= work["dense"].total]
+    limit = _MARGIN * min(map(predicted, candidates))
+    nearly_as_cheap = [plan for plan in candidates if predicted(plan) <= limit]
+    return min(nearly_as_cheap, key=lambda plan: (sum(streamed_modes(plan)), predicted(plan)))
 
 
 def is_depthwise(kernel_shape: tuple[int, ...], groups: int) -> bool:
@@ -197,14 +205,13 @@ def work_of(
     if stream_out:
         products += after * n_out * r_out
         elements += after * (n_out + groups * r_out)
-    pointwise = math.prod(window) == 1
-    patches = 0 if pointwise else groups * after * math.prod(window) * channels
+    gathered = 0 if math.prod(window) == 1 else copies * after * math.prod(window)
 
     merged = [r is not None for r in rank[:-2]]
     merged += [rank[-2] is not None and not stream_in, rank[-1] is not None and not stream_out]
     # The two passes share one kernel, M[C], only where nothing is streamed.
     kernel = _kernel_work(kernel_shape, full, merged, different_kernels=2 if stream_in or stream_out else 1)
-    return Work(products, 2 * products, kernel, 3 * elements, 3 * patches)
+    return Work(products, 2 * products, kernel, 3 * elements, 3 * gathered)
 
 
 def _kernel_work(shape: Sequence[int], rank: Sequence[int], merged: Sequence[bool], *, different_kernels: int) -> int:

@@ -1,7 +1,8 @@
 """Basis augmentation: new directions for every mode, and tangent vectors as cores in the augmented bases (lines 5-8).
 
 The augmented basis is ``[U | Ũ]`` with ``U`` kept as it is, so ``[U | Ũ]^T U = [I; 0]``: the augmented core is ``C`` padded with
-zeros and the network does not change. ``Ũ`` is built from the step ``K_new - K`` itself, never from ``K_new``, in which it cancels.
+zeros and the network does not change. ``Ũ`` is built from the step ``K_new - K`` itself, never from ``K_new``, in which it
+cancels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.frame import Frame
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_columns, mode_product
+from tdlrt_jax.truncation import ALL_ROUNDS, principal_rotation
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
 
 __all__ = ["Augmented", "augment", "augmented_width", "embed", "new_directions", "unchanged"]
 
@@ -22,10 +24,10 @@ class Augmented(NamedTuple):
     """Augmented bases at a kernel, ``[U_i | Ũ_i]``; zero columns where a direction does not exist."""
 
     frame: Frame  # the point: C, K_i, U_i, Q_i
-    new: tuple[Array | None, ...]  # Ũ_i, (n_i, A_i), orthonormal and orthogonal to U_i; None for a whole mode
+    new: tuple[ModeArray, ...]  # Ũ_i, (n_i, A_i), orthonormal and orthogonal to U_i; None for a whole mode
 
     @property
-    def bases(self) -> tuple[Array | None, ...]:
+    def bases(self) -> tuple[ModeArray, ...]:
         """``[U_i | Ũ_i]``, ``(n_i, R_i + A_i)``."""
         return tuple(None if u is None else jnp.concatenate([u, t], axis=1) for u, t in zip(self.frame.U, self.new))
 
@@ -48,9 +50,11 @@ def _project_out(directions: Array, basis: Array) -> Array:
 def new_directions(step: Array, basis: Array, width: int) -> Array:
     """An orthonormal basis ``Ũ`` of the range of ``(I - U U^T) step``, robust to any conditioning.
 
-    The columns are rotated by the eigenvectors of their Gram matrix, so that dependent ones end up small and last; those below
-    rounding are dropped, the rest normalized; a second round resolves what the first could not; a Cholesky-QR makes the result
-    orthonormal to rounding. (A QR of ``[U | K]`` with small diagonal entries dropped loses a third of the step and more.)
+    The principal directions of what lies outside of ``U`` are separated by size, a few orders of magnitude a round; a tail of
+    them within 50 roundings of the step is dropped, the rest normalized; a Cholesky-QR makes the result orthonormal to
+    rounding. The order matters: columns that are normalized before they are separated can be parallel to rounding, and then the
+    Cholesky factorization breaks down. (A QR of ``[U | K]`` with small diagonal entries dropped loses a third of the
+    step and more.)
 
     Args:
       step: ``K_new - K``, ``(n, R)``; zero in inactive columns.
@@ -58,7 +62,7 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
       width: static number of columns to return.
 
     Returns:
-      ``(n, width)``, zero in the columns that are not needed.
+      ``(n, width)``, zero in the columns that are not needed; not finite where the step is not.
     """
     if width == 0:
         return step[:, :0]
@@ -69,14 +73,10 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     columns = columns / jnp.where(norm > 0, norm, 1)
     columns = _project_out(_project_out(columns, basis), basis)
 
-    def separate(_: int, columns: Array) -> Array:
-        _, vectors = jnp.linalg.eigh(jnp.matmul(columns.T, columns, precision=HIGHEST))
-        columns = jnp.matmul(columns, vectors[:, ::-1], precision=HIGHEST)
-        norms = jnp.linalg.norm(columns, axis=0)
-        columns = jnp.where(norms > floor, columns / jnp.where(norms > 0, norms, 1), 0)
-        return _project_out(columns, basis)
-
-    columns = jax.lax.fori_loop(0, 2, separate, columns)[:, :width]
+    _, rows, energies = principal_rotation(columns.T, active_columns(step), ALL_ROUNDS)
+    kept = ~(jnp.cumsum(energies[::-1])[::-1] <= floor**2)  # so that a step that is not finite stays visible
+    rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)
+    columns = _project_out(rows[:width].T, basis)
     active = active_columns(columns)
 
     def orthonormalize(_: int, columns: Array) -> Array:

@@ -10,7 +10,7 @@ from jax import Array
 
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.truncation import RankPolicy
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor
 
 __all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors"]
 
@@ -19,15 +19,15 @@ class Galerkin(NamedTuple):
     """The core in the bases of the Galerkin step (line 8), before its own step."""
 
     core: Array  # (M_1, ..., M_d)
-    bases: tuple[Array | None, ...]  # (n_i, M_i)
-    turns: tuple[Array | None, ...] | None  # (R_i + A_i, M_i), from the augmented bases to these; None where they agree
+    bases: tuple[ModeArray, ...]  # (n_i, M_i)
+    turns: tuple[ModeArray, ...] | None  # (R_i + A_i, M_i), from the augmented bases to these; None where they agree
 
 
 class Moved(NamedTuple):
     """The next kernel and how its bases came from the augmented ones."""
 
     kernel: TuckerTensor  # capacities as before the step
-    rotations: tuple[Array | None, ...]  # P_i, (R_i + A_i, R_i): U_i_new = [U_i | Ũ_i] P_i
+    rotations: tuple[ModeArray, ...]  # P_i, (R_i + A_i, R_i): U_i_new = [U_i | Ũ_i] P_i
     rank: Array  # int32 (d,)
     error: Array  # relative truncation error of this step
     bound: Array  # bool (d,): a bound or the capacity kept the rank below what the tolerance asks for
@@ -52,11 +52,9 @@ class Integrator(NamedTuple):
     core_step: Callable[[Augmented, Galerkin, Array, Truncation], Moved]  # lines 9-14, from the core's increment
 
 
-def orthonormal_factors(
-    bases: tuple[Array | None, ...], rotations: tuple[Array | None, ...]
-) -> tuple[Array | None, ...]:
+def orthonormal_factors(bases: tuple[ModeArray, ...], rotations: tuple[ModeArray, ...]) -> tuple[ModeArray, ...]:
     """``U_i = bases_i P_i`` (line 12) and one Newton-Schulz step ``U (3 I - U^T U) / 2``, which stops the drift of rounding."""
-    factors: list[Array | None] = []
+    factors: list[ModeArray] = []
     for basis, rotation in zip(bases, rotations):
         if basis is None or rotation is None:
             factors.append(None)

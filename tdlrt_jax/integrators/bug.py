@@ -12,7 +12,7 @@ from jax import Array
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
 from tdlrt_jax.truncation import truncate
-from tdlrt_jax.tucker import TuckerTensor, active_columns, capacity
+from tdlrt_jax.tucker import ModeArray, TuckerTensor, active_columns, capacity
 
 __all__ = ["bug"]
 
@@ -47,7 +47,7 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
     return Moved(kernel, cut.rotations, cut.rank, cut.error, cut.bound)
 
 
-def _outer(valid: list[Array | None], shape: tuple[int, ...]) -> Array:
+def _outer(valid: list[ModeArray], shape: tuple[int, ...]) -> Array:
     mask = jnp.ones((1,) * len(shape), bool)
     for mode, columns in enumerate(valid):
         if columns is not None:

@@ -12,7 +12,7 @@ from jax import Array
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
 from tdlrt_jax.truncation import ALL_ROUNDS, principal_rotation
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_columns, active_rank, multi_mode_product, unfold
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, active_rank, multi_mode_product, unfold
 
 __all__ = ["fixed_rank"]
 
@@ -20,12 +20,12 @@ __all__ = ["fixed_rank"]
 def basis_step(augmented: Augmented, step: TuckerTensor) -> Galerkin:
     """Lines 4-8: an orthonormal basis of the range of ``K_i + step_{K_i}``, found in the coordinates of ``[U | Ũ]``.
 
-    The part of the ``K_i``-step within ``range(U_i)`` is the core's: ``U_i^T step_{K_i} = Mat_i(step_C) Q_i``, as for the gradients of
-    Theorem 1, so an optimizer may leave it out of its norms.
+    The part of the ``K_i``-step within ``range(U_i)`` is the core's: ``U_i^T step_{K_i} = Mat_i(step_C) Q_i``, as for the
+    gradients of Theorem 1, so an optimizer may leave it out of its norms.
     """
     frame = augmented.frame
-    turns: list[Array | None] = []
-    carried: list[Array | None] = []
+    turns: list[ModeArray] = []
+    carried: list[ModeArray] = []
     for mode, (u, new, k, dk, q) in enumerate(zip(frame.U, augmented.new, frame.K, step.factors, frame.Q)):
         if u is None:
             turns.append(None)
@@ -53,6 +53,7 @@ def _normalized(matrix: Array) -> Array:
 def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncation: Truncation) -> Moved:
     """Lines 9 and 14: the core steps in the new bases; nothing is truncated."""
     del truncation
+    assert point.turns is not None  # from basis_step
     kernel = TuckerTensor(point.core + increment, point.bases)
     rank = active_rank(TuckerTensor(augmented.frame.core, augmented.frame.U))
     return Moved(kernel, point.turns, rank, jnp.zeros((), increment.dtype), jnp.zeros(rank.shape, bool))

@@ -1,0 +1,450 @@
+"""The conformance table: every integrator with every kind of inner transformation, in float32 and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tdlrt_jax import TuckerTensor, active_rank, describe_status, hosvd, resize, tdlrt, to_dense, value_and_grad
+from tdlrt_jax.status import NONFINITE, OK, PLAIN_GRADIENTS, RANK_AT_CAPACITY
+from tests.helpers import orthonormality, random_kernel
+
+INTEGRATORS = ["bug", "parallel", "fixed_rank"]
+
+
+def regression(dtype=None, rank=(2, None, 3), capacity=(4, 3, 6), seed=0):
+    """Two kernels and a bias fitted to a target: parameters, loss and batch."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": random_kernel(rng, (4, 3, 6), rank, capacity, dtype), "bias": jnp.zeros(6, dtype)},
+        "second": {"kernel": random_kernel(rng, (6, 5), (2, 2), 5, dtype)},
+    }
+    x = jnp.asarray(rng.normal(size=(32, 4, 3)), dtype)
+    y = jnp.asarray(rng.normal(size=(32, 5)), dtype)
+
+    def loss(params, x=x, y=y):
+        first = params["first"]
+        hidden = jnp.tanh(jnp.einsum("nab,abc->nc", x, to_dense(first["kernel"])) + first["bias"])
+        return jnp.mean((hidden @ to_dense(params["second"]["kernel"]) - y) ** 2)
+
+    return params, loss
+
+
+def kernels_of(params):
+    return [params["first"]["kernel"], params["second"]["kernel"]]
+
+
+def train(params, loss, tx, steps, state=None):
+    """Steps of the optax face under lax.scan; the losses, and the compiled function's traces."""
+    gradient = value_and_grad(loss)
+
+    @jax.jit
+    def run(params, state):
+        def body(carry, _):
+            params, state = carry
+            value, grads = gradient(params)
+            extra = {"value": value, "value_and_grad_fn": gradient}
+            updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+            return (optax.apply_updates(params, updates), state), (value, statuses(state))
+
+        return jax.lax.scan(body, (params, state), None, length=steps)
+
+    (params, state), (losses, status) = run(params, tx.init(params) if state is None else state)
+    return params, state, losses, status
+
+
+def statuses(state):
+    from tdlrt_jax.step import find_states
+
+    return find_states(state)[0].status
+
+
+INNER = {
+    "sgd": lambda: optax.sgd(0.05),
+    "momentum": lambda: optax.sgd(0.02, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.02, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.01),
+    "adamw": lambda: optax.adamw(0.01, weight_decay=1e-3),
+    "rmsprop": lambda: optax.rmsprop(0.005),
+    "lion": lambda: optax.lion(0.003),
+    "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.05, 60), momentum=0.5),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.05, momentum=0.9)),
+    "inject": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.05, momentum=0.9),
+    "finite": lambda: optax.apply_if_finite(optax.adam(0.01), 3),
+    "plateau": lambda: optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=10)),
+    "partition": lambda: optax.partition(
+        {"kernel": optax.sgd(0.02, momentum=0.9), "rest": optax.adam(0.01)},
+        lambda params: jax.tree.map(
+            lambda leaf: "kernel" if isinstance(leaf, TuckerTensor) else "rest",
+            params,
+            is_leaf=lambda leaf: isinstance(leaf, TuckerTensor),
+        ),
+    ),
+    "masked": lambda: optax.chain(
+        optax.masked(optax.add_decayed_weights(1e-3), {"first": {"kernel": True, "bias": False}, "second": True}),
+        optax.sgd(0.05),
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("integrator", ["bug", "parallel"])
+def test_conformance(integrator, inner):
+    """Descent, orthonormality, clean padding, dtypes kept, all steps in one trace, a good status."""
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(INNER[inner](), tolerance=0.05, integrator=integrator)
+    after, state, losses, status = train(params, loss, tx, 60)
+    assert losses[-1] < 0.9 * losses[0]
+    assert (status & (NONFINITE | PLAIN_GRADIENTS) == OK).all()
+    for kernel, before in zip(kernels_of(after), kernels_of(params)):
+        assert orthonormality(kernel) < 2e-6
+        assert jax.tree.map(jnp.shape, kernel) == jax.tree.map(jnp.shape, before)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(kernel))
+        padding = resize(kernel, tuple(active_rank(kernel).tolist()))  # raises if anything but zeros were cut
+        np.testing.assert_allclose(to_dense(padding), to_dense(kernel), atol=1e-6)
+    assert jax.tree.map(jnp.shape, tx.init(after)) == jax.tree.map(jnp.shape, state)
+    assert int(state.step) == 60
+
+
+@pytest.mark.parametrize("inner", ["momentum", "adam", "clipped"])
+def test_conformance_of_fixed_rank(inner):
+    params, loss = regression(jnp.float32)
+    ranks = [active_rank(kernel).tolist() for kernel in kernels_of(params)]
+    tx = tdlrt(INNER[inner](), tolerance=0.0, integrator="fixed_rank")
+    after, _, losses, _ = train(params, loss, tx, 60)
+    assert losses[-1] < 0.9 * losses[0]
+    assert [active_rank(kernel).tolist() for kernel in kernels_of(after)] == ranks
+    assert max(map(orthonormality, kernels_of(after))) < 2e-6
+
+
+DENSE_TWINS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.05, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+    "clipping": lambda: optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.3, momentum=0.9)),
+    "decay": lambda: optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9)),
+    "schedule": lambda: optax.sgd(optax.exponential_decay(0.1, 5, 0.7), momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("twin", DENSE_TWINS)
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_full_rank_without_tolerance_is_dense_training(x64, integrator, twin):
+    params, loss = regression(jnp.float64)
+    rng = np.random.default_rng(3)
+    params["first"]["kernel"] = hosvd(jnp.array(rng.normal(size=(4, 3, 6))), rank=(4, None, 6))
+    params["second"]["kernel"] = hosvd(jnp.array(rng.normal(size=(6, 5))))
+    dense = jax.tree.map(to_dense, params, is_leaf=lambda leaf: isinstance(leaf, TuckerTensor))
+    after, _, losses, _ = train(params, loss, tdlrt(DENSE_TWINS[twin](), tolerance=0.0, integrator=integrator), 25)
+    tx = DENSE_TWINS[twin]()
+
+    @jax.jit
+    def run(dense, state):
+        def body(carry, _):
+            dense, state = carry
+            value, grads = jax.value_and_grad(loss)(dense)
+            updates, state = tx.update(grads, state, dense)
+            return (optax.apply_updates(dense, updates), state), value
+
+        return jax.lax.scan(body, (dense, state), None, length=25)
+
+    (expected, _), expected_losses = run(dense, tx.init(dense))
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
+    for kernel, weights in zip(kernels_of(after), kernels_of(expected)):
+        np.testing.assert_allclose(to_dense(kernel), weights, atol=1e-12)
+    np.testing.assert_allclose(after["first"]["bias"], expected["first"]["bias"], atol=1e-12)
+
+
+@pytest.mark.parametrize("integrator", ["bug", "parallel"])
+def test_two_capacities_give_the_same_run(x64, integrator):
+    outcomes = []
+    for capacity, second in (((4, 3, 6), 5), ((3, 3, 5), 4)):
+        params, loss = regression(jnp.float64, capacity=capacity)
+        params["second"]["kernel"] = resize(params["second"]["kernel"], second)
+        tx = tdlrt(optax.sgd(0.05, momentum=0.9), tolerance=0.3, integrator=integrator, max_rank=3)
+        after, state, losses, _ = train(params, loss, tx, 40)
+        outcomes.append((losses, state.rank, [to_dense(kernel) for kernel in kernels_of(after)]))
+    (losses, rank, kernels), (other_losses, other_rank, other_kernels) = outcomes
+    np.testing.assert_allclose(losses, other_losses, rtol=1e-9)
+    assert jax.tree.map(lambda r: r.tolist(), rank) == jax.tree.map(lambda r: r.tolist(), other_rank)
+    for kernel, other in zip(kernels, other_kernels):
+        np.testing.assert_allclose(kernel, other, atol=1e-9)
+
+
+def test_counts_and_schedules_advance_once_a_step_although_bug_updates_twice():
+    params, loss = regression(jnp.float32)
+    seen = tdlrt(optax.adam(optax.linear_schedule(0.01, 0.0, 7)), tolerance=0.1)
+    after, state, _, _ = train(params, loss, seen, 7)
+    counts = [leaf for leaf in jax.tree.leaves(state.inner) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    assert counts and all(int(count) == 7 for count in counts)
+    again, _, _, _ = train(after, loss, seen, 1, state)  # the learning rate is zero now
+    np.testing.assert_array_equal(again["first"]["bias"], after["first"]["bias"])
+
+
+def test_adam_steps_stay_bounded_while_bases_move(rng):
+    """No entry of a core moves by many learning rates when second moments are carried to other bases."""
+    params, loss = regression(jnp.float32, rank=(1, None, 1))
+    rate = 1e-3
+    tx = tdlrt(optax.adam(rate), tolerance=1e-3, integrator="parallel")
+    gradient, state = value_and_grad(loss), tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        _, grads = gradient(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(60):
+        new, state = step(params, state)
+        for kernel, old in zip(kernels_of(new), kernels_of(params)):
+            moved = np.abs(np.asarray(to_dense(kernel) - to_dense(old))).max()
+            assert moved < 30 * rate
+        params = new
+
+
+def test_amortized_adaptation_moves_bases_every_few_steps():
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(optax.sgd(0.02, momentum=0.9), tolerance=0.05, adapt_every=4)
+    state, spans = tx.init(params), []
+    current = params
+    for _ in range(9):
+        current, state, _, _ = train(current, loss, tx, 1, state)
+        u = np.asarray(current["first"]["kernel"].factors[2])
+        spans.append(u @ u.T)
+    moved = [np.abs(b - a).max() > 1e-6 for a, b in zip(spans, spans[1:])]
+    assert moved == [False, False, False, True, False, False, False, True]
+    _, _, losses, _ = train(params, loss, tx, 60)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_warmup_holds_ranks_up_and_bounds_hold():
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(optax.sgd(0.01), tolerance=0.9, warmup=5)
+    _, state, _, _ = train(params, loss, tx, 5)
+    assert (state.rank["first/kernel"] >= jnp.array([2, 3, 3])).all()
+    _, state, _, _ = train(params, loss, tx, 10)
+    assert state.rank["first/kernel"].tolist() == [1, 3, 1]
+    bounded = tdlrt(
+        optax.sgd(0.01), tolerance=0.9, min_rank={"first": (2, 1, 2), "second": 2}, max_rank={"second": (3, 3)}
+    )
+    _, state, _, _ = train(params, loss, bounded, 10)
+    assert state.rank["first/kernel"].tolist() == [2, 3, 2] and state.rank["second/kernel"].tolist() == [2, 2]
+    loose = tdlrt(optax.sgd(0.05), tolerance=0.0, max_rank={"second": (3, 3)})
+    _, state, _, status = train(params, loss, loose, 10)
+    assert state.rank["second/kernel"].tolist() == [3, 3] and not (status & RANK_AT_CAPACITY).any()
+
+
+def test_a_rank_at_its_capacity_is_reported():
+    params, loss = regression(jnp.float32, capacity=(2, 3, 3))
+    _, _, _, status = train(params, loss, tdlrt(optax.sgd(0.05), tolerance=1e-4), 3)
+    assert (status & RANK_AT_CAPACITY).all()
+    assert "capacity" in describe_status(int(status[-1]))[0]
+
+
+def test_tolerance_follows_a_schedule_and_may_be_replaced_without_recompilation():
+    params, loss = regression(jnp.float32)
+    rising = tdlrt(optax.sgd(0.01), tolerance=lambda step: jnp.where(step < 5, 0.0, 0.8))
+    _, state, _, _ = train(params, loss, rising, 5)
+    assert state.rank["first/kernel"].tolist() == [4, 3, 6]
+    _, state, _, _ = train(params, loss, rising, 8)
+    assert state.rank["first/kernel"].tolist() != [4, 3, 6]
+
+    tx, gradient = tdlrt(optax.sgd(0.01), tolerance=0.0), value_and_grad(loss)
+
+    @jax.jit
+    def step(params, state):
+        _, grads = gradient(params)
+        updates, state = tx.update(grads, state, params, value_and_grad_fn=gradient)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params))
+    params, state = step(params, state._replace(tolerance=jnp.float32(0.8)))
+    assert state.rank["first/kernel"].tolist() != [4, 3, 6]
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_a_gradient_that_is_not_finite_changes_nothing(integrator):
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(optax.adam(0.01), tolerance=0.1, integrator=integrator)
+    params, state, _, _ = train(params, loss, tx, 2)
+
+    def poisoned(params):
+        return loss(params) * jnp.where(params["first"]["bias"][0] > -jnp.inf, jnp.nan, 1.0)
+
+    after, after_state, _, status = train(params, poisoned, tx, 3, state)
+    assert (status == NONFINITE).all() and "not finite" in describe_status(int(status[0]))[0]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, params))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after_state.inner, state.inner))
+    assert int(after_state.step) == 2
+    _, _, losses, status = train(after, loss, tx, 2, after_state)  # and it goes on
+    assert np.isfinite(losses).all() and not (status & NONFINITE).any()
+
+
+def test_plain_gradients_are_recognized():
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(optax.sgd(0.01), tolerance=0.1, integrator="parallel")
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    assert int(state.status) & PLAIN_GRADIENTS
+    assert "value_and_grad" in describe_status(int(state.status))[0]
+    _, _, _, status = train(params, loss, tx, 40)
+    assert not (status & PLAIN_GRADIENTS).any()
+
+
+def test_noise_never_enters_the_padding():
+    params, loss = regression(jnp.float32)
+    tx = tdlrt(optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.sgd(0.01)), tolerance=0.1)
+    after, _, _, _ = train(params, loss, tx, 10)
+    for kernel in kernels_of(after):
+        resize(kernel, tuple(active_rank(kernel).tolist()))
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_partition_and_masked_outside_when_the_kernels_are_alone(partitioned):
+    """tdlrt sees MaskedNodes for the rest; the second gradient needs the full parameters, which tdlrt_step fills in."""
+    from tdlrt_jax import tdlrt_step
+
+    params, loss = regression(jnp.float32)
+    labels = {"first": {"kernel": "tucker", "bias": "rest"}, "second": {"kernel": "tucker"}}
+    inner = tdlrt(optax.sgd(0.05), tolerance=0.1)
+    if partitioned:
+        tx = optax.partition({"tucker": inner, "rest": optax.adam(0.01)}, labels)
+    else:
+        tx = optax.chain(
+            optax.masked(inner, jax.tree.map(lambda label: label == "tucker", labels)),
+            optax.masked(optax.scale(-0.05), jax.tree.map(lambda label: label == "rest", labels)),
+        )
+    step = tdlrt_step(lambda params, *_: loss(params), tx, donate=False)
+    state, losses = tx.init(params), []
+    for _ in range(20):
+        params, state, info = step(params, state)
+        losses.append(float(info.loss))
+    assert losses[-1] < losses[0] and step._cache_size() == 1
+    assert set(info.rank) == {"first/kernel", "second/kernel"}
+    assert float(jnp.abs(params["first"]["bias"]).max()) > 0
+
+
+def test_apply_if_finite_outside():
+    params, loss = regression(jnp.float32)
+    _, _, losses, _ = train(params, loss, optax.apply_if_finite(tdlrt(optax.sgd(0.05), tolerance=0.1), 3), 20)
+    assert losses[-1] < losses[0]
+
+
+def test_init_keeps_no_buffer_of_the_parameters():
+    params, _ = regression(jnp.float32)
+    state = tdlrt(optax.adam(0.1), tolerance=0.1).init(params)
+    pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    assert not pointers & {
+        leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)
+    }
+
+
+def test_without_kernels_it_is_the_inner_transformation():
+    params = {"w": jnp.ones(3)}
+    tx = tdlrt(optax.sgd(0.1), tolerance=0.1)
+    updates, state = tx.update({"w": jnp.ones(3)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1)
+    assert int(state.step) == 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": -0.1}, "tolerance=-0.1"),
+        ({"tolerance": 1.5}, "below 1"),
+        ({"tolerance": 0.1, "integrator": "euler"}, "integrator='euler' is unknown"),
+        ({"tolerance": 0.1, "criterion": "all"}, "criterion='all' is unknown"),
+        ({"tolerance": 0.1, "convention": "none"}, "convention='none' is unknown"),
+        ({"tolerance": 0.1, "spare": -1}, "spare=-1"),
+        ({"tolerance": 0.1, "warmup": -1}, "warmup=-1"),
+        ({"tolerance": 0.1, "adapt_every": 0}, "adapt_every=0"),
+    ],
+)
+def test_bad_options_raise_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        tdlrt(optax.sgd(0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_rank": 0}, "first/kernel.*min_rank=0"),
+        ({"max_rank": (2, 2)}, "max_rank.*2 entries"),
+        ({"min_rank": 3, "max_rank": 2}, "max_rank=2.*below its min_rank=3"),
+        ({"max_rank": {"third": 2}}, "'third' is found in no kernel's path"),
+    ],
+)
+def test_bad_bounds_raise_at_init_naming_the_kernel(options, message):
+    params, _ = regression()
+    with pytest.raises(ValueError, match=message):
+        tdlrt(optax.sgd(0.1), tolerance=0.1, **options).init(params)
+
+
+def corrupt(kernel, name):
+    core, factors = kernel
+    return {
+        "order": TuckerTensor(core, factors[:1]),
+        "shape": TuckerTensor(core, (factors[0][:, :1], factors[1])),
+        "integer": TuckerTensor(core.astype(int), factors),
+        "half": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), kernel),
+        "skewed": TuckerTensor(core, (2 * factors[0], factors[1])),
+        "gap": TuckerTensor(core, (factors[0].at[:, 0].set(0), factors[1])),
+        "wide": TuckerTensor(jnp.zeros((1, 2)), (factors[0][:, :1], factors[1])),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("order", "2 modes and 1 factors"),
+        ("shape", "factor 0 has shape"),
+        ("integer", "dtype int32"),
+        ("half", "dtype bfloat16"),
+        ("skewed", "not orthonormal"),
+        ("gap", "they come first"),
+        ("wide", "exceeds the product of the others"),
+    ],
+)
+def test_bad_kernels_raise_at_init_naming_the_kernel(rng, name, message):
+    kernel = random_kernel(rng, (6, 5), (2, 2))
+    with pytest.raises(ValueError, match=f"kernel 'w'.*{message}"):
+        tdlrt(optax.sgd(0.1), tolerance=0.1).init({"w": corrupt(kernel, name)})
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (optax.adafactor(0.1, min_dim_size_to_factor=2), "FactoredState"),
+        (optax.contrib.schedule_free_sgd(0.1), "ScheduleFreeState"),
+        (optax.contrib.prodigy(), "ProdigyState"),
+    ],
+)
+def test_inner_states_that_cannot_follow_a_change_of_basis_raise_at_init(rng, inner, message):
+    with pytest.raises(ValueError, match=message):
+        tdlrt(inner, tolerance=0.1).init({"w": random_kernel(rng, (6, 5, 4), (2, 2, 2))})
+
+
+def test_labels_that_split_a_kernel_raise_at_init(rng):
+    split = optax.partition(
+        {"matrix": optax.adam(0.1), "other": optax.sgd(0.1)},
+        lambda params: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", params),
+    )
+    with pytest.raises(ValueError, match="one label"):
+        tdlrt(split, tolerance=0.1).init({"w": random_kernel(rng, (6, 5, 4), (2, 2, 2))})
+
+
+def test_missing_arguments_are_explained(rng):
+    params, loss = regression()
+    tx = tdlrt(optax.sgd(0.1), tolerance=0.1)
+    _, grads = value_and_grad(loss)(params)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(grads, tx.init(params))
+    with pytest.raises(ValueError, match="value_and_grad_fn="):
+        tx.update(grads, tx.init(params), params)
+    dense = jax.grad(lambda w: jnp.sum(w**2))(to_dense(params["second"]["kernel"]))
+    with pytest.raises(ValueError, match="'second/kernel' is a TuckerTensor"):
+        tx.update({**grads, "second": {"kernel": dense}}, tx.init(params), params, value_and_grad_fn=lambda p: (0, p))
