@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_PARALLEL ?= -n 2
+# Small factorizations on the CPU are many times slower where OpenBLAS's threads compete with other processes.
+export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 

@@ -18,7 +18,7 @@ from tdlrt_jax import (
 )
 from tdlrt_jax.tucker import active_columns, unfold
 from tests import references
-from tests.helpers import dense64, orthonormal, orthonormality, random_kernel
+from tests.helpers import dense64, orthonormality, random_kernel
 
 
 def shapes(tree):
@@ -42,19 +42,9 @@ LARGER = {"conv/kernel": (3, 4, 5), "dense/0": (4, 4)}
 
 
 def momentum_state(rng, params):
-    """A state of tdlrt around momentum after steps along random directions, so that the moments are not zero."""
-    tx = tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.0, integrator="parallel", max_rank={"conv": 3, "dense": 2})
-    target = jax.tree.map(
-        lambda leaf: jnp.array(rng.normal(size=leaf.shape)), jax.tree.map(to_dense, params, is_leaf=kernel)
-    )
-
-    def loss(params):
-        dense = jax.tree.map(to_dense, params, is_leaf=lambda node: kernel(node) or hasattr(node, "chart_to_dense"))
-        return optax.tree.norm(jax.tree.map(jnp.subtract, dense, target), squared=True)
-
-    _, grads = value_and_grad(loss)(params)
-    _, state = tx.update(grads, tx.init(params), params)
-    return state
+    """A state of tdlrt around momentum whose moments are not zero."""
+    state = tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.1).init(params)
+    return state._replace(inner=jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape)), state.inner))
 
 
 def kernel(node):
@@ -123,7 +113,7 @@ def test_cutting_what_is_not_zero_is_refused(rng):
 @pytest.mark.parametrize("capacity", [0, (0, 3, 3), (2, 3), (2, 3, 3, 3), (6, 3, 3), (-1, 3, 3)])
 def test_impossible_capacities_are_refused(rng, capacity):
     params = {"conv1": random_kernel(rng, (5, 6, 7), (2, 3, 3))}
-    with pytest.raises(ValueError, match="kernel 'conv1' of shape .*needs one number in 1..n a mode"):
+    with pytest.raises(ValueError, match=r"kernel 'conv1' of shape .*needs one number in 1..n a mode"):
         resize(params, {"conv1": capacity})
 
 
@@ -163,7 +153,8 @@ def test_fit_capacity_grows_where_a_rank_fills_its_arrays(rng):
 def test_fit_capacity_keeps_to_bounds_and_to_useful_sizes(rng):
     params = ranked(rng, (64, 64, 5), (8, 8, 5), (8, 24, 5))
     assert fit_capacity(params, max_rank={"w": (12, 64, 5)}) == {"w": (12, 24, 5)}
-    assert fit_capacity(params, max_rank={"w": (8, 64, 5)}) == {"w": (8, 24, 5)}  # full, but it may not rise
+    params = ranked(rng, (64, 64, 5), (8, 8, 5), (8, 16, 5))
+    assert fit_capacity(params, max_rank={"w": (8, 64, 5)}) == {"w": (8, 16, 5)}  # full, but it may not rise
     # R_0 <= R_1 R_2: room for 3 * 4 would never be used at 2 x 2.
     params = ranked(rng, (64, 2, 2), (4, 2, 2), None)
     assert fit_capacity(params) == {"w": (4, 2, 2)}
@@ -219,10 +210,10 @@ def test_trajectories_do_not_depend_on_resizing_in_the_middle(x64):
     weights = jnp.array(rng.uniform(0.5, 1.5, size=shape))
 
     def loss(params):
-        return jnp.sum(weights * (to_dense(params["w"]) + params["shift"] - target) ** 2)
+        return jnp.sum(weights * (to_dense(params["w"]) + params["shift"] / 30 - target) ** 2)
 
     gradient = value_and_grad(loss)
-    tx = tdlrt(optax.sgd(0.03, momentum=0.9), tolerance=0.05)
+    tx = tdlrt(optax.sgd(0.05, momentum=0.9), tolerance=0.1)
 
     @jax.jit
     def step(params, state):

@@ -1,5 +1,7 @@
 """The conformance table: every integrator with every kind of inner transformation, in float32 and float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,7 +214,7 @@ def test_amortized_adaptation_moves_bases_every_few_steps():
         current, state, _, _ = train(current, loss, tx, 1, state)
         u = np.asarray(current["first"]["kernel"].factors[2])
         spans.append(u @ u.T)
-    moved = [np.abs(b - a).max() > 1e-6 for a, b in zip(spans, spans[1:])]
+    moved = [np.abs(b - a).max() > 1e-6 for a, b in itertools.pairwise(spans)]
     assert moved == [False, False, False, True, False, False, False, True]
     _, _, losses, _ = train(params, loss, tx, 60)
     assert losses[-1] < 0.8 * losses[0]

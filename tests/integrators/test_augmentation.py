@@ -54,7 +54,8 @@ def spectra(rng, count):
 def cases(rng, n, capacity):
     for rank in sorted({1, (capacity + 1) // 2, capacity}):
         for i, spectrum in enumerate(spectra(rng, rank)):
-            yield prescribed(rng, n, rank, spectrum * 10 ** rng.uniform(-10, 3), (0, 1e-3, 1, 100)[i % 4])
+            spectrum = spectrum * (np.arange(rank) <= rng.integers(rank))  # often dependent columns, too
+            yield prescribed(rng, n, rank, spectrum * 10 ** rng.uniform(-10, 3), (0, 0, 0, 1e-3, 1, 100)[i % 6])
         step, basis = prescribed(rng, n, rank, np.geomspace(1, 1e-3, rank), 1)
         repeated, holes = step.copy(), step.copy()
         repeated[:, -1], repeated[:, rank // 2] = -2 * step[:, 0], step[:, 0]
@@ -91,6 +92,18 @@ def test_new_directions_are_orthonormal_and_hold_the_step(rng, n, capacity):
         used = np.any(directions != 0, axis=0)
         assert not np.any(np.diff(used.astype(int)) > 0)
         assert used.sum() <= min(basis.shape[1], n - basis.shape[1])
+
+
+def test_a_small_direction_beside_dependent_columns_breaks_no_factorization():
+    """Two directions, 1 and 5e-4, in eight columns: the Gram matrix mixes the small one with those that are not there.
+
+    Normalized at once, such columns are parallel to rounding, and a Cholesky factorization of theirs is not finite, now and then.
+    """
+    steps, bases = zip(*(prescribed(np.random.default_rng(seed), 20, 8, [1, 5e-4], 0) for seed in range(60)))
+    new = np.asarray(all_new_directions(np.stack(steps), np.stack(bases), 8))
+    assert np.isfinite(new).all()
+    assert (np.any(new != 0, axis=1).sum(axis=1) == 2).all()
+    assert max(max(measure(*case)) for case in zip(steps, bases, new)) < 1e-6
 
 
 @pytest.mark.parametrize(("n", "rank", "dependent"), [(8, 3, 0), (20, 6, 0), (20, 6, 2), (64, 16, 5)])
