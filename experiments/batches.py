@@ -1,7 +1,7 @@
 """Batches made on the device, inside the jitted step: shuffling, standardization, random crops and flips.
 
-Every random choice is a function of (seed, epoch, step) alone. So a run continues exactly where it was stopped, and two methods
-with one seed see the same images.
+Every random choice is a function of (seed, epoch, step) alone. So a run continues exactly where it was stopped, and two
+methods with one seed see the same images.
 """
 
 from __future__ import annotations

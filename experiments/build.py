@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     height, width, channels = dataset.train.images.shape[1:]
     layers: dict[str, Any] = {}
     if config.method == "tdlrt":
-        options = {"rank": config.rank, "initialization": config.initialization}
+        options: dict[str, Any] = {"rank": config.rank, "initialization": config.initialization}
         layers["conv"] = functools.partial(TuckerConv, **options)
         if config.linear:
             layers["linear"] = functools.partial(TuckerLinear, **options)

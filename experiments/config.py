@@ -25,7 +25,7 @@ def _at_least(section: Any, name: str, low: float, *, strict: bool = False, high
 
 
 def _is_one_of(section: Any) -> None:
-    """Checks every field that is annotated with a ``Literal`` (the command line does so too; this is for other callers)."""
+    """Checks every field annotated with a ``Literal``; the command line does so too, this is for other callers."""
     for name, annotation in typing.get_type_hints(type(section)).items():
         if typing.get_origin(annotation) is Literal:
             value, choices = getattr(section, name), typing.get_args(annotation)
@@ -42,7 +42,7 @@ class DataConfig:
     data_dir: Path | None = None
     """Directory of prepared tfds data sets. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     cache_dir: Path | None = None
-    """Directory for decoded data sets and compiled programs. Default: $XDG_CACHE_HOME/tdlrt_jax, else ~/.cache/tdlrt_jax."""
+    """Directory for decoded data sets and compiled programs. Default: tdlrt_jax in $XDG_CACHE_HOME, else in ~/.cache."""
     augment: Literal["auto", "on", "off"] = "auto"
     """Random crops (4 pixels) and left-right flips of training images. auto: for cifar10 and cifar100."""
     validation: float = 0.0
@@ -71,10 +71,10 @@ class ModelConfig:
     """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
     linear: bool = True
     """Hidden linear layers in Tucker format too (as low-rank matrices). The paper compresses convolutions only."""
-    rank: int | float = 1.0
-    """Initial rank of the channel modes: a fraction of the mode's size (0.5, 1.0), or a count (8)."""
+    rank: int | float = 32
+    """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0)."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
-    """dense: random subspaces of the usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
+    """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
@@ -87,12 +87,12 @@ class ModelConfig:
 class TdlrtConfig:
     """TDLRT: how ranks are chosen. Without effect for --method dense."""
 
-    tau: float = 0.1
+    tau: float = 0.3
     """Relative tolerance of the truncation (line 11 of Algorithm 1): larger compresses more."""
     integrator: Literal["bug", "parallel", "fixed_rank"] = "bug"
     """bug: Algorithm 1. parallel: one gradient a step. fixed_rank: Algorithm 1 without adapting the ranks."""
     criterion: Literal["tail", "each"] = "tail"
-    """What is cut. tail: the largest tail under the tolerance (the paper). each: singular values under it, one by one."""
+    """What is cut. tail: the largest tail under the tolerance (the paper). each: every singular value under it."""
     convention: Literal["shared", "per_mode", "absolute"] = "shared"
     """What tau means: shared among the modes (the paper), for each mode alone, or not relative to the kernel's norm."""
     spare: int | None = None
@@ -106,7 +106,7 @@ class TdlrtConfig:
     max_rank: int | None = None
     """No rank rises above."""
     resize: bool = True
-    """Whether arrays follow the ranks at the ends of epochs, which saves time and memory at the price of a compilation."""
+    """Arrays follow the ranks at the ends of epochs, which saves time and memory at the price of a compilation."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
@@ -137,13 +137,13 @@ class OptimizerConfig:
     """Decoupled for adamw, else added to the gradient; for Tucker kernels it acts through the core."""
     clip: float | None = None
     """Largest global norm of the gradient."""
-    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
-    """plateau: a tenth whenever the training loss stops falling (the paper). cosine: down to zero over all epochs."""
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    """cosine: down to zero over all epochs. plateau: a tenth whenever the training loss stops falling (the paper)."""
     patience: int = 5
     """Epochs without a better training loss before plateau lowers the learning rate."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images a step. What the last whole batch of an epoch leaves over is not used in that epoch."""
-    epochs: int = 20
+    epochs: int = 15
     """Passes over the training images."""
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class Display:
         self.steps_per_epoch = steps_per_epoch
         self.done = done  # steps before this session
         self.started = time.monotonic()
-        self.values = {"loss": float("nan"), "accuracy": float("nan"), "compression": 0.0}
+        self.values: dict[str, Any] = {"loss": float("nan"), "accuracy": float("nan"), "compression": 0.0}
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),

@@ -297,9 +297,8 @@ class _Job:
         self._save()
         self.console.print(
             f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: the loss ({error.loss:g}) or a "
-            f"gradient is not finite. The last good state is saved in {self.directory.checkpoints}. Try, in another run directory: "
-            + ", ".join(advice)
-            + ".",
+            f"gradient is not finite. The last good state is saved in {self.directory.checkpoints}. "
+            f"Try, in another run directory: {', '.join(advice)}.",
             soft_wrap=True,
             highlight=False,
         )

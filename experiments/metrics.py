@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Layer(NamedTuple):
-    """One layer's weights; biases and normalizations are not counted. Modes in the paper's order (out, in, height, width)."""
+    """One layer's weights, without biases and normalizations; modes in the paper's order (out, in, height, width)."""
 
     name: str
     kind: str  # "convolution" or "linear"

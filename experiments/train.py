@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=argv,
             config=(tyro.conf.OmitArgPrefixes,),
         )
-        # jaxlib factorizes on the CPU through scipy's OpenBLAS, whose threads wait for one another within every small QR: beside
-        # one busy process that makes a step seven times slower (0.72 s against 0.10 s, LeNet5 on two cores). Read when it loads.
+        # jaxlib factorizes on the CPU by scipy's OpenBLAS, whose threads wait for one another within every small QR: with
+        # a busy neighbour a step takes seven times as long (LeNet5, two cores: 0.72 s, else 0.10 s). Read at its loading.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Imported only now, so that --help and mistyped options answer at once.
         from experiments import job

@@ -55,6 +55,13 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
       (1, 1)
     """
 
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
+    names = [path_name(path) for path, node in leaves if is_tucker(node)]
+    if isinstance(capacity, Mapping):
+        for key in capacity:
+            if names and not any(name == key or name.endswith("/" + key) for name in names) and key != "kernel":
+                raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
+
     def resize_node(path: tuple, node: Any) -> Any:
         if not is_tucker(node) or any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)):
             return node

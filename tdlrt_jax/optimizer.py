@@ -134,14 +134,13 @@ def tdlrt(
         find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True)
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
         tau = tolerance(jnp.zeros((), jnp.int32)) if callable(tolerance) else tolerance
-        zeros = {name: jnp.zeros((), jnp.float32) for name in tree.names}
         return TdlrtState(
             step=jnp.zeros((), jnp.int32),
             inner=state,
             tolerance=jnp.array(tau, jnp.float32),
             rank={name: active_rank(kernel) for name, kernel in zip(tree.names, tree.kernels)},
-            truncation_error=zeros,
-            cumulative_truncation_error=dict(zeros),
+            truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
+            cumulative_truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
             status=jnp.zeros((), jnp.int32),
         )
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -172,10 +173,10 @@ def test_a_step_is_not_overwritten(saved):
         checkpoint.save(directory, -1, tree)
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_an_interrupted_save_leaves_the_earlier_one(saved, monkeypatch):
     """Everything is written under a temporary name: cut off before the final rename, it is no checkpoint."""
     directory, tree = saved
-    import orbax.checkpoint as ocp
 
     def cut_off(*args, **kwargs):
         raise OSError("no space left on device")
@@ -239,8 +240,6 @@ def test_errors_name_the_leaf(saved, change, words):
 
 def test_damaged_array_is_found_and_named(saved, monkeypatch):
     directory, tree = saved
-    import orbax.checkpoint as ocp
-
     original = ocp.StandardCheckpointHandler.restore
 
     def flipped(self, *args, **kwargs):
@@ -254,6 +253,7 @@ def test_damaged_array_is_found_and_named(saved, monkeypatch):
         checkpoint.restore(directory, tree)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads inside orbax that give up
 @pytest.mark.parametrize("what", ["arrays", "manifest", "description", "metadata"])
 def test_damaged_files_are_reported(saved, what):
     directory, tree = saved

@@ -15,15 +15,16 @@ from tests.helpers import orthonormality, random_kernel
 INTEGRATORS = ["bug", "parallel", "fixed_rank"]
 
 
-def regression(dtype=None, rank=(2, None, 3), capacity=(4, 3, 6), seed=0):
-    """Two kernels and a bias fitted to a target: parameters, loss and batch."""
+def regression(dtype=None, rank=(2, None, 3), capacity=(4, 3, 6), outputs=5, seed=0):
+    """Two kernels and a bias fitted to what such a network could give: parameters and loss."""
     rng = np.random.default_rng(seed)
     params = {
         "first": {"kernel": random_kernel(rng, (4, 3, 6), rank, capacity, dtype), "bias": jnp.zeros(6, dtype)},
-        "second": {"kernel": random_kernel(rng, (6, 5), (2, 2), 5, dtype)},
+        "second": {"kernel": random_kernel(rng, (6, outputs), (2, 2), outputs, dtype)},
     }
     x = jnp.asarray(rng.normal(size=(32, 4, 3)), dtype)
-    y = jnp.asarray(rng.normal(size=(32, 5)), dtype)
+    teacher = [rng.normal(size=shape) for shape in ((4, 3, 6), (6, outputs))]
+    y = jnp.asarray(np.tanh(np.einsum("nab,abc->nc", x, teacher[0])) @ teacher[1], dtype)
 
     def loss(params, x=x, y=y):
         first = params["first"]
@@ -69,7 +70,7 @@ INNER = {
     "adam": lambda: optax.adam(0.01),
     "adamw": lambda: optax.adamw(0.01, weight_decay=1e-3),
     "rmsprop": lambda: optax.rmsprop(0.005),
-    "lion": lambda: optax.lion(0.003),
+    "lion": lambda: optax.lion(0.01),
     "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.05, 60), momentum=0.5),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.05, momentum=0.9)),
     "inject": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.05, momentum=0.9),
@@ -133,10 +134,12 @@ DENSE_TWINS = {
 @pytest.mark.parametrize("twin", DENSE_TWINS)
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_full_rank_without_tolerance_is_dense_training(x64, integrator, twin):
-    params, loss = regression(jnp.float64)
+    params, loss = regression(
+        jnp.float64, outputs=6
+    )  # r_i = n_i in every mode: fixed_rank turns a basis that is not complete
     rng = np.random.default_rng(3)
     params["first"]["kernel"] = hosvd(jnp.array(rng.normal(size=(4, 3, 6))), rank=(4, None, 6))
-    params["second"]["kernel"] = hosvd(jnp.array(rng.normal(size=(6, 5))))
+    params["second"]["kernel"] = hosvd(jnp.array(rng.normal(size=(6, 6))))
     dense = jax.tree.map(to_dense, params, is_leaf=lambda leaf: isinstance(leaf, TuckerTensor))
     after, _, losses, _ = train(params, loss, tdlrt(DENSE_TWINS[twin](), tolerance=0.0, integrator=integrator), 25)
     tx = DENSE_TWINS[twin]()

@@ -1,4 +1,4 @@
-"""Fixtures of the training job's tests: caches of their own, a tiny data set in tfds' format, a real one if there is any."""
+"""Fixtures of the training job's tests: caches of their own, a tiny data set in tfds' format, a real one if any."""
 
 import os
 from pathlib import Path
