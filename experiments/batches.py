@@ -42,13 +42,13 @@ class Transform(NamedTuple):
 
     mean: tuple[float, ...]  # per channel, of images scaled to [0, 1]
     std: tuple[float, ...]
-    augment: bool  # random crops and flips on training images
-    pad: int = 4  # width of the black border that random crops may reach into
+    pad: int = 0  # random crops of training images reach so far into a black border
+    flip: bool = False  # random flips of training images
 
 
-def transform_of(dataset: Dataset, augment: bool) -> Transform:
-    """The transform of a data set: standardized by its training images, augmented or not."""
-    return Transform(tuple(map(float, dataset.mean)), tuple(map(float, dataset.std)), augment)
+def transform_of(dataset: Dataset, *, crop: bool, flip: bool) -> Transform:
+    """The transform of a data set: standardized by its training images; crops by up to 4 pixels."""
+    return Transform(tuple(map(float, dataset.mean)), tuple(map(float, dataset.std)), 4 if crop else 0, flip)
 
 
 def to_device(data: Images) -> DeviceImages:
@@ -108,10 +108,12 @@ def training_batch(
     """
     indices = order[step]
     images = data.images[indices]
-    if transform.augment:
-        key = jax.random.fold_in(jax.random.key(seed), _AUGMENT)
-        crop, flip = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), step))
-        images = random_flip(flip, random_crop(crop, images, transform.pad))
+    key = jax.random.fold_in(jax.random.key(seed), _AUGMENT)
+    crop, flip = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, epoch), step))
+    if transform.pad:
+        images = random_crop(crop, images, transform.pad)
+    if transform.flip:
+        images = random_flip(flip, images)
     return standardize(images, transform), data.labels[indices]
 
 

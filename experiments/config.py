@@ -43,8 +43,8 @@ class DataConfig:
     """Directory of prepared tfds data sets. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     cache_dir: Path | None = None
     """Directory for decoded data sets and compiled programs. Default: tdlrt_jax in $XDG_CACHE_HOME, else in ~/.cache."""
-    augment: Literal["auto", "on", "off"] = "auto"
-    """Random crops (4 pixels) and left-right flips of training images. auto: for cifar10 and cifar100."""
+    augment: Literal["auto", "crop_flip", "crop", "off"] = "auto"
+    """Random crops (by up to 4 pixels) and left-right flips of training images. auto: both for cifar, crops for digits."""
     validation: float = 0.0
     """Fraction of the training images set apart for validation."""
     limit: int | None = None
@@ -56,9 +56,15 @@ class DataConfig:
         _at_least(self, "limit", 1)
 
     @property
-    def augmented(self) -> bool:
-        """Whether training images are augmented."""
-        return self.augment == "on" or (self.augment == "auto" and self.dataset.startswith("cifar"))
+    def crop(self) -> bool:
+        """Whether training images are shifted."""
+        by_default = self.dataset == "digits" or self.flip
+        return by_default if self.augment == "auto" else self.augment.startswith("crop")
+
+    @property
+    def flip(self) -> bool:
+        """Whether training images are mirrored; not digits, which then are others."""
+        return self.dataset.startswith("cifar") if self.augment == "auto" else self.augment == "crop_flip"
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class ModelConfig:
     """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
     linear: bool = True
     """Hidden linear layers in Tucker format too (as low-rank matrices). The paper compresses convolutions only."""
-    rank: int | float = 32
+    rank: int | float = 20
     """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0)."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
     """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
@@ -87,7 +93,7 @@ class ModelConfig:
 class TdlrtConfig:
     """TDLRT: how ranks are chosen. Without effect for --method dense."""
 
-    tau: float = 0.3
+    tau: float = 0.2
     """Relative tolerance of the truncation (line 11 of Algorithm 1): larger compresses more."""
     integrator: Literal["bug", "parallel", "fixed_rank"] = "bug"
     """bug: Algorithm 1. parallel: one gradient a step. fixed_rank: Algorithm 1 without adapting the ranks."""
@@ -129,7 +135,7 @@ class OptimizerConfig:
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """The descent step of dense training, and of lines 4 and 9 of Algorithm 1."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.03
     """Step size at the start."""
     momentum: float = 0.9
     """Of sgd, and the first moment's decay of adam and adamw."""
@@ -143,7 +149,7 @@ class OptimizerConfig:
     """Epochs without a better training loss before plateau lowers the learning rate."""
     batch_size: int = 64
     """Images a step. What the last whole batch of an epoch leaves over is not used in that epoch."""
-    epochs: int = 15
+    epochs: int = 20
     """Passes over the training images."""
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ class _Job:
         self.steps_per_epoch = count // batch
         model = build_model(config.model, loaded, config.run.seed)
         tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
-        transform = transform_of(loaded, config.data.augmented)
+        transform = transform_of(loaded, crop=config.data.crop, flip=config.data.flip)
         self.programs: Programs
         self.state: TrainState
         self.programs, self.state = build_programs(model, tx, transform, seed=config.run.seed)

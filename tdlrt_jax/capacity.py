@@ -58,9 +58,12 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
     names = [path_name(path) for path, node in leaves if is_tucker(node)]
     if isinstance(capacity, Mapping):
-        for key in capacity:
-            if names and not any(name == key or name.endswith("/" + key) for name in names) and key != "kernel":
-                raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
+        if list(capacity) == ["kernel"] and not any(_ends(name, "kernel") for name in names):
+            capacity = capacity["kernel"]  # the parameters are one kernel, whose empty path ends every other
+        else:
+            for key in capacity:
+                if names and not any(_ends(name, key) for name in names):
+                    raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
 
     def resize_node(path: tuple, node: Any) -> Any:
         if not is_tucker(node) or any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)):
@@ -71,14 +74,15 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
     return jax.tree_util.tree_map_with_path(resize_node, tree, is_leaf=is_tucker)
 
 
+def _ends(name: str, key: str) -> bool:
+    return name == key or name.endswith("/" + key)
+
+
 def _wanted(name: str, wanted: Capacity | Mapping[str, Capacity]) -> Capacity | None:
+    """What is asked for a kernel: by the longest key that ends its path, for a mapping."""
     if not isinstance(wanted, Mapping):
         return wanted
-    fits = [key for key in wanted if name == key or name.endswith("/" + key)]
-    if (
-        not fits and "kernel" in wanted and len(wanted) == 1
-    ):  # the parameters are one kernel: any path ends its empty one
-        fits = ["kernel"]
+    fits = [key for key in wanted if _ends(name, key)]
     return wanted[max(fits, key=len)] if fits else None
 
 

@@ -83,6 +83,12 @@ def check_structure(kernel: TuckerTensor, name: str | None = None) -> None:
     """
     who = "the kernel" if name is None else f"kernel {name!r}"
     core, factors = kernel.core, kernel.factors
+    for part in (core, *(factor for factor in factors if factor is not None)):
+        if not hasattr(part, "ndim"):
+            raise ValueError(
+                f"{who} holds a {type(part).__name__} where an array belongs: mask or label a kernel as a whole, with one entry "
+                "for its core and factors together"
+            )
     if core.ndim != len(factors) or core.ndim < 2:
         raise ValueError(
             f"{who} has a core with {core.ndim} modes and {len(factors)} factors: expected one factor a mode "

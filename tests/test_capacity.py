@@ -243,3 +243,11 @@ def test_trajectories_do_not_depend_on_resizing_in_the_middle(x64):
     resized, resized_ranks = run({4: {"w": highest}, 8: {"w": shape}})
     assert resized_ranks == ranks
     np.testing.assert_allclose(resized, dense, atol=1e-9)
+
+
+def test_a_mapping_that_names_no_kernel_raises(rng):
+    params = {"w": random_kernel(rng, (5, 4), (2, 2))}
+    with pytest.raises(ValueError, match=r"'v', which ends no kernel's path; the paths are \['w'\]"):
+        resize(params, {"v": 3})
+    assert resize(params, {"w": 3})["w"].core.shape == (3, 3)
+    assert resize(params["w"], {"kernel": 3}).core.shape == (3, 3)

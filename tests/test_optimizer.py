@@ -453,3 +453,11 @@ def test_missing_arguments_are_explained(rng):
     dense = jax.grad(lambda w: jnp.sum(w**2))(to_dense(params["second"]["kernel"]))
     with pytest.raises(ValueError, match="'second/kernel' is a TuckerTensor"):
         tx.update({**grads, "second": {"kernel": dense}}, tx.init(params), params, value_and_grad_fn=lambda p: (0, p))
+
+
+def test_a_kernel_masked_in_parts_is_explained(rng):
+    tx = optax.masked(
+        tdlrt(optax.sgd(0.1), tolerance=0.1), lambda params: jax.tree.map(lambda leaf: leaf.ndim == 3, params)
+    )
+    with pytest.raises(ValueError, match="MaskedNode where an array belongs"):
+        tx.init({"w": random_kernel(rng, (6, 5, 4), (2, 2, 2))})

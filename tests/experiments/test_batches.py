@@ -12,8 +12,8 @@ from experiments.config import OptimizerConfig, TdlrtConfig
 from experiments.data import Images
 from experiments.programs import build_programs
 
-PLAIN = batches.Transform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), augment=False)
-AUGMENTED = PLAIN._replace(augment=True)
+PLAIN = batches.Transform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+AUGMENTED = PLAIN._replace(pad=4, flip=True)
 
 
 @pytest.fixture

@@ -71,9 +71,22 @@ def test_a_tolerance_that_is_absolute_may_be_large():
     assert TdlrtConfig(tau=2.0, convention="absolute").tau == 2.0
 
 
-def test_augmentation_is_for_natural_images_by_default():
-    assert DataConfig(dataset="cifar10").augmented and not DataConfig(dataset="mnist").augmented
-    assert DataConfig(augment="on").augmented and not DataConfig(dataset="cifar100", augment="off").augmented
+def test_digits_are_never_mirrored_unless_asked():
+    chosen = {
+        (dataset, augment): (config.crop, config.flip)
+        for dataset in ("digits", "mnist", "cifar10", "cifar100")
+        for augment in ("auto", "crop_flip", "crop", "off")
+        for config in [DataConfig(dataset=dataset, augment=augment)]
+    }
+    assert [chosen[name, "auto"] for name in ("digits", "mnist", "cifar10", "cifar100")] == [
+        (True, False),
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
+    for (_, augment), choice in chosen.items():
+        if augment != "auto":
+            assert choice == {"crop_flip": (True, True), "crop": (True, False), "off": (False, False)}[augment]
 
 
 def test_options_as_json_are_flat_and_complete(tmp_path):

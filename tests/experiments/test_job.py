@@ -226,9 +226,9 @@ def test_a_finished_run_is_never_overwritten(finished_dense, capsys):
 
 def test_other_options_are_listed(finished_dense, capsys):
     before = fingerprint(finished_dense)
-    assert run(*DENSE, "--tau", "0.2", "--seed", "5", "--run-dir", finished_dense, "--resume") == 2
+    assert run(*DENSE, "--tau", "0.25", "--seed", "5", "--run-dir", finished_dense, "--resume") == 2
     message = capsys.readouterr().err
-    assert "--tau: 0.3 there, 0.2 given" in message and "--seed: 0 there, 5 given" in message
+    assert "--tau: 0.2 there, 0.25 given" in message and "--seed: 0 there, 5 given" in message
     assert "--epochs" not in message.split("It was started with")[0]
     assert fingerprint(finished_dense) == before
 
@@ -266,7 +266,7 @@ def test_prepared_set_through_the_job(tiny_tfds, tmp_path, no_plots):
         "--method",
         "dense",
     ]
-    assert run(*options, "--augment", "on", "--run-dir", directory) == 0
+    assert run(*options, "--augment", "crop_flip", "--run-dir", directory) == 0
     result = json.loads((directory / "result.json").read_text())
     assert result["data"] == "tfds mnist 3.0.1" and result["images"] == {"train": 30, "test": 10}
     assert result["final"]["compression_all"] == 0 and result["final"]["ranks"] == {}
@@ -353,7 +353,7 @@ def small(rng):
     images = batches.to_device(
         data.Images(rng.integers(0, 256, (12, 4, 4, 1), np.uint8), np.arange(12, dtype=np.int32) % 3)
     )
-    return images, batches.Transform((0.5,), (0.3,), False)
+    return images, batches.Transform((0.5,), (0.3,))
 
 
 def test_after_a_step_that_is_not_finite_nothing_moves(small):
