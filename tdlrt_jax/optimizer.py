@@ -154,16 +154,16 @@ def tdlrt(
     ) -> tuple[Any, TdlrtState]:
         if params is None:
             raise ValueError("tdlrt needs the parameters: call update(grads, state, params, value_and_grad_fn=...)")
+        tree = flatten_kernels(params)
+        if not tree.positions:  # nothing to integrate: the inner transformation alone
+            updates, inner_state = inner.update(grads, state.inner, params, **extra)
+            return updates, state._replace(step=state.step + 1, inner=inner_state)
         if scheme.evaluations == 2 and value_and_grad_fn is None:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
                 "value_and_grad_fn=lambda params: tdlrt_jax.value_and_grad(loss_fn)(params, batch) to update "
                 '(transformations such as optax.MultiSteps drop it), or use integrator="parallel"'
             )
-        tree = flatten_kernels(params)
-        if not tree.positions:  # nothing to integrate: the inner transformation alone
-            updates, inner_state = inner.update(grads, state.inner, params, **extra)
-            return updates, state._replace(step=state.step + 1, inner=inner_state)
         tau = jnp.asarray(tolerance(state.step), jnp.float32) if callable(tolerance) else state.tolerance
         network = NetworkStep(
             tree, [policy_of(name, k) for name, k in zip(tree.names, tree.kernels)], inner, extra, moments

@@ -411,7 +411,7 @@ def corrupt(kernel, name):
         ("half", "dtype bfloat16"),
         ("skewed", "not orthonormal"),
         ("gap", "they come first"),
-        ("wide", "exceeds the product of the others"),
+        ("wide", "exceeds the product 1 of the others"),
     ],
 )
 def test_bad_kernels_raise_at_init_naming_the_kernel(rng, name, message):

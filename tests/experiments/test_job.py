@@ -28,9 +28,6 @@ from experiments.display import Display
 from tdlrt_jax import checkpoint
 from tdlrt_jax.nn import TuckerLinear
 
-# In a parallel run, one process makes the run that most tests here look at.
-pytestmark = pytest.mark.xdist_group("job")
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2"]
 DENSE = [*TINY, "--method", "dense"]
