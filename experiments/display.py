@@ -22,7 +22,7 @@ class Display:
         self.console = console
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
-        self.done = done  # steps before this session
+        self.done = done  # steps of an earlier process
         self.started = time.monotonic()
         self.values: dict[str, Any] = {"loss": float("nan"), "accuracy": float("nan"), "compression": 0.0}
         self.progress = Progress(

@@ -101,7 +101,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
 
 
 class _Job:
-    """One session of training, from the start or from a checkpoint."""
+    """One stretch of training, from the start or from a checkpoint."""
 
     def __init__(self, config: TrainConfig, loaded: data.Dataset, console: Console, interruption: Interruption):
         self.config, self.console, self.interruption = config, console, interruption
@@ -122,7 +122,7 @@ class _Job:
             self.held_out["validation"] = to_device(loaded.validation)
         self.epoch = 0  # epochs completed
         self.sums = Sums()
-        self.status = 0  # flags of all steps of this session
+        self.status = 0  # flags of all steps since then
         self.history: list[dict[str, Any]] = []
 
     def run(self, directory: RunDirectory) -> Outcome:
