@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         # jaxlib factorizes on the CPU by scipy's OpenBLAS, whose threads wait for one another within every small QR: with
-        # a busy neighbour a step takes seven times as long (LeNet5, two cores: 0.72 s, else 0.10 s). Read at its loading.
+        # a busy neighbour a step takes many times as long. Read at its loading.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Imported only now, so that --help and mistyped options answer at once.
         from experiments import job

@@ -1,5 +1,6 @@
 """Rank-adaptive training of convolutional networks in Tucker format (TDLRT), in JAX."""
 
+from tdlrt_jax.averaging import average
 from tdlrt_jax.capacity import canonicalize, fit_capacity, resize
 from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.frame import Frame, lift, value_and_grad
@@ -23,6 +24,7 @@ __all__ = [
     "TdlrtState",
     "TuckerTensor",
     "active_rank",
+    "average",
     "canonicalize",
     "describe_status",
     "fit_capacity",

@@ -10,7 +10,7 @@ _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 if jaxlib.__version__.startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
-# LAPACK on the CPU comes from OpenBLAS, whose threads spin: on busy cores a small QR takes a hundred times longer with them.
+# LAPACK on the CPU comes from OpenBLAS, whose threads spin: on busy cores a small QR waits for them most of the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax

@@ -1,9 +1,10 @@
-"""Random kernels for the tests."""
+"""Random kernels, a small problem to train on, and how to measure what comes out."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from tdlrt_jax import TuckerTensor, resize
+from tdlrt_jax import TuckerTensor, resize, to_dense
+from tdlrt_jax.tucker import multi_mode_product
 
 
 def orthonormal(rng, rows, columns):
@@ -36,3 +37,32 @@ def orthonormality(kernel):
             u = np.asarray(factor, np.float64)
             worst = max(worst, np.abs(u.T @ u - np.diag(np.any(u != 0, axis=0))).max())
     return worst
+
+
+def tangent_to_dense(tangent, frame):
+    """``V = V_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) V_{K_i}``, a tangent vector in full."""
+    dense = multi_mode_product(tangent.core, frame.U)
+    for mode, (u, k, q) in enumerate(zip(frame.U, tangent.factors, frame.Q)):
+        if u is not None:
+            outside = k - u @ (u.T @ k)
+            dense += multi_mode_product(q, [outside if j == mode else v for j, v in enumerate(frame.U)])
+    return dense
+
+
+def regression(dtype=None, rank=(2, None, 3), capacity=(4, 3, 6), outputs=5, seed=0):
+    """Two kernels and a bias fitted to what such a network could give: parameters and loss."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": random_kernel(rng, (4, 3, 6), rank, capacity, dtype), "bias": jnp.zeros(6, dtype)},
+        "second": {"kernel": random_kernel(rng, (6, outputs), (2, 2), outputs, dtype)},
+    }
+    x = jnp.asarray(rng.normal(size=(32, 4, 3)), dtype)
+    teacher = [rng.normal(size=shape) for shape in ((4, 3, 6), (6, outputs))]
+    y = jnp.asarray(np.tanh(np.einsum("nab,abc->nc", x, teacher[0])) @ teacher[1], dtype)
+
+    def loss(params, x=x, y=y):
+        first = params["first"]
+        hidden = jnp.tanh(jnp.einsum("nab,abc->nc", x, to_dense(first["kernel"])) + first["bias"])
+        return jnp.mean((hidden @ to_dense(params["second"]["kernel"]) - y) ** 2)
+
+    return params, loss

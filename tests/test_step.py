@@ -173,7 +173,7 @@ def test_an_optimizer_without_tdlrt_is_explained():
         tdlrt_step(loss_fn, tx, donate=False)(params, tx.init(params), images, labels)
 
 
-def test_both_evaluations_share_nothing_but_cost_two_passes_and_parallel_one():
+def test_bug_costs_at_most_two_passes_and_parallel_one():
     """Convolutions in the compiled step: bug takes its second gradient for the cores alone."""
     params, images, labels = network()
     counts = {}
@@ -182,6 +182,17 @@ def test_both_evaluations_share_nothing_but_cost_two_passes_and_parallel_one():
         lowered = tdlrt_step(loss_fn, tx, donate=False).lower(params, tx.init(params), images, labels)
         counts[integrator] = lowered.as_text().count("stablehlo.convolution")
     assert 0 < counts["parallel"] < counts["bug"] <= 2 * counts["parallel"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts LAPACK calls")
+@pytest.mark.parametrize(("inner", "lifts"), [(optax.sgd(0.1), 1), (optax.sgd(0.1, momentum=0.9), 2)])
+def test_a_kernel_is_factorized_once_at_each_of_its_points(inner, lifts):
+    """The gradient, the integrator and the report share the frame; only moments need the next one as well."""
+    kernel = random_kernel(np.random.default_rng(0), (3, 4, 5), (2, 3, 3), dtype=jnp.float32)
+    tx = tdlrt(inner, tolerance=0.1)
+    step = tdlrt_step(lambda kernel: jnp.sum(jnp.sin(to_dense(kernel))), tx, donate=False)
+    compiled = step.lower(kernel, tx.init(kernel)).compile().as_text()
+    assert compiled.count('custom_call_target="lapack_sgeqrf_ffi"') == 3 * lifts
 
 
 @pytest.mark.parametrize("integrator", ["bug", "parallel"])

@@ -10,19 +10,9 @@ from tdlrt_jax import TuckerTensor, lift, tdlrt, to_dense, value_and_grad
 from tdlrt_jax.integrators import augment, embed
 from tdlrt_jax.transport import embed_moment, find_moments, transport, transport_squares
 from tdlrt_jax.truncation import truncate
-from tdlrt_jax.tucker import active_columns, multi_mode_product
+from tdlrt_jax.tucker import active_columns
 from tests import references
-from tests.helpers import random_kernel
-
-
-def tangent_to_dense(moment, frame):
-    """V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}."""
-    dense = multi_mode_product(moment.core, frame.U)
-    for mode, (u, k, q) in enumerate(zip(frame.U, moment.factors, frame.Q)):
-        if u is not None:
-            outside = k - u @ (u.T @ k)
-            dense += multi_mode_product(q, [outside if j == mode else v for j, v in enumerate(frame.U)])
-    return dense
+from tests.helpers import random_kernel, tangent_to_dense
 
 
 def change_of_bases(rng, whole=False):

@@ -54,9 +54,8 @@ class _Balance(NamedTuple):
     per_gathered: float  # and in the time of one pixel copied into a patch
 
 
-# Measured on two CPU cores, jax 0.10, float32: products and convolutions reach about 50 G multiply-adds/s, and over 1 to
-# 512 channels and 2x2 to 32x32 pixels their times follow (multiply-adds + 10 per element + 200 per gathered pixel), mostly
-# within a factor of 2; the last term is what makes convolutions of few channels slow.
+# Fitted to timings on two CPU cores (jax 0.10, float32; 1 to 512 channels, 2x2 to 32x32 pixels), which they follow only
+# roughly; the last term is what makes convolutions of few channels slow.
 _BALANCE = {"cpu": _Balance(10.0, 200.0)}
 # Not measured: the ratio of float32 arithmetic to memory bandwidth in the data sheets of current accelerators.
 _ACCELERATOR = _Balance(40.0, 0.0)

@@ -11,7 +11,7 @@ from tdlrt_jax import TuckerTensor, lift, to_dense
 from tdlrt_jax.integrators import augment, augmentation, embed, unchanged
 from tdlrt_jax.integrators.augmentation import augmented_width
 from tdlrt_jax.tucker import active_columns, multi_mode_product
-from tests.helpers import orthonormal, random_kernel
+from tests.helpers import orthonormal, random_kernel, tangent_to_dense
 
 # (n, R): the sizes of a 3 x 3 kernel's and a wide layer's modes, and the edges: one row, full capacity, R = n.
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 2), (5, 5), (8, 3), (8, 8), (20, 6), (20, 20), (64, 16), (64, 40)]
@@ -169,16 +169,6 @@ def test_qr_of_the_joined_bases_fails_on_the_range(rng):
     assert deviation < 2e-6
     assert lost > 0.3
     assert measure(step, basis, new_directions(step, basis, 10))[1] < 1e-6
-
-
-def tangent_to_dense(tangent, frame):
-    """``V_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) V_{K_i}``."""
-    dense = multi_mode_product(tangent.core, frame.U)
-    for mode, (u, k, q) in enumerate(zip(frame.U, tangent.factors, frame.Q)):
-        if u is not None:
-            outside = k - u @ (u.T @ k)
-            dense += multi_mode_product(q, [outside if j == mode else v for j, v in enumerate(frame.U)])
-    return dense
 
 
 @jax.jit
