@@ -1,0 +1,17 @@
+"""Narrower networks of the same shape."""
+
+from __future__ import annotations
+
+__all__ = ["scaled"]
+
+
+def scaled(filters: int, width: float) -> int:
+    """``filters * width``, rounded, at least 1.
+
+    Example:
+      >>> scaled(64, 0.25)
+      16
+    """
+    if not width > 0:
+        raise ValueError(f"width={width}: expected a positive factor of the numbers of filters")
+    return max(1, round(filters * width))
