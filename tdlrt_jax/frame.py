@@ -11,13 +11,14 @@ with ``U_j, Q_i, S_i`` held constant. A :class:`Frame` is this chart, so *any* o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.batching import map_batched
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import (
     HIGHEST,
@@ -67,25 +68,23 @@ def is_kernel(node: Any) -> bool:
     return isinstance(node, TuckerTensor | Frame)
 
 
-def orthonormal_core(core: Array, factor: Array, mode: int, rank_of: Array) -> tuple[Array, Array]:
-    """``Ten_i(Q_i^T)`` and ``S_i`` of ``Mat_i(C)^T = Q_i S_i^T``.
+def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tuple[Array, Array]:
+    """``Q_i^T`` and ``K_i = U_i S_i`` of ``Mat_i(C)^T = Q_i S_i^T`` (lines 2-3).
 
     Args:
-      core: ``(R_1, ..., R_d)``.
-      factor: ``U_i``, ``(n_i, R_i)``; only its pattern of active columns is read.
-      mode: i.
-      rank_of: ``(R_1, ..., R_d)`` booleans, where the core is active.
+      unfolding: ``Mat_i(C)``, ``(R_i, prod_{j != i} R_j)``.
+      active: booleans of its shape, where the core is in use.
+      factor: ``U_i``, ``(n_i, R_i)``.
 
     Returns:
-      The tensorized ``Q_i^T`` with the core's shape, and ``S_i``, ``(R_i, R_i)``. Padded rows and inactive columns are masked
-      to zero. No column is dropped for a small diagonal entry of the triangular factor: with dependent slices that loses
-      10% and more of the core.
+      ``Q_i^T`` of the unfolding's shape, and ``K_i`` of the factor's. Padded rows and inactive columns are masked to zero. No
+      column is dropped for a small diagonal entry of the triangular factor: with dependent slices that loses 10% and more of
+      the core.
     """
-    q, triangular = jnp.linalg.qr(unfold(core, mode).T)
-    active = active_columns(factor)
-    q = jnp.where(unfold(rank_of, mode).T, q, 0)
-    s = jnp.where(active[:, None] & active[None, :], triangular.T, 0)
-    return fold(q.T, mode, core.shape), s
+    q, triangular = jnp.linalg.qr(unfolding.T)
+    in_use = active_columns(factor)
+    s = jnp.where(in_use[:, None] & in_use[None, :], triangular.T, 0)
+    return jnp.where(active, q.T, 0), jnp.matmul(factor, s, precision=HIGHEST)
 
 
 def active_core(kernel: TuckerTensor) -> Array:
@@ -112,18 +111,24 @@ def lift(kernel: TuckerTensor) -> Frame:
       ValueError: naming the mode, for factors that do not fit the core, or ``R_i > prod_{j != i} R_j``.
     """
     check_structure(kernel)
-    mask = active_core(kernel)
-    K: list[ModeArray] = []
-    Q: list[ModeArray] = []
-    for mode, factor in enumerate(kernel.factors):
-        if factor is None:
-            K.append(None)
-            Q.append(None)
-            continue
-        q, s = orthonormal_core(kernel.core, factor, mode, mask)
-        K.append(jnp.matmul(factor, s, precision=HIGHEST))
-        Q.append(q)
-    return Frame(kernel.core, tuple(K), kernel.factors, tuple(Q))
+    return lift_all([kernel])[0]
+
+
+def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
+    """:func:`lift` for all kernels of a network, already checked: unfoldings of equal shapes are factorized as one batch."""
+    modes = [(i, mode) for i, k in enumerate(kernels) for mode, factor in enumerate(k.factors) if factor is not None]
+    masks = [active_core(kernel) for kernel in kernels]
+    parts = map_batched(
+        orthonormal_unfolding,
+        [unfold(kernels[i].core, mode) for i, mode in modes],
+        [unfold(masks[i], mode) for i, mode in modes],
+        [kernels[i].factors[mode] for i, mode in modes],
+    )
+    Q: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
+    K: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
+    for (i, mode), (q, k) in zip(modes, parts):
+        Q[i][mode], K[i][mode] = fold(q, mode, kernels[i].core.shape), k
+    return [Frame(kernel.core, tuple(k), kernel.factors, tuple(q)) for kernel, k, q in zip(kernels, K, Q)]
 
 
 def chart_point(frame: Frame) -> TuckerTensor:
@@ -166,7 +171,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
 
     def evaluate(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)
-        frames = [_lift_node(path, node) for path, node in nodes]
+        frames = _lift_nodes(nodes)
         points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
 
         def of_points(points: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -181,8 +186,12 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
     return evaluate
 
 
-def _lift_node(path: tuple, node: Any) -> Any:
-    if not is_tucker(node):
-        return node
-    check_structure(node, path_name(path))
-    return lift(node)
+def _lift_nodes(nodes: list[tuple[tuple, Any]]) -> list[Any]:
+    """The nodes of a flattened tree, the kernels among them lifted."""
+    positions = [position for position, (_, node) in enumerate(nodes) if is_tucker(node)]
+    for position in positions:
+        check_structure(nodes[position][1], path_name(nodes[position][0]))
+    lifted = [node for _, node in nodes]
+    for position, frame in zip(positions, lift_all([lifted[position] for position in positions])):
+        lifted[position] = frame
+    return lifted

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tdlrt_jax.frame import Frame, active_core, chart_point, lift
-from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment, unchanged
+from tdlrt_jax.batching import map_batched
+from tdlrt_jax.frame import Frame, active_core, chart_point, lift_all
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.transport import Kind, Moment, embed_moment, find_moments, transport_moment, turn_moment
@@ -45,13 +46,18 @@ class StepOutcome(NamedTuple):
     rank: list[Array]  # int32 (d,) a kernel
     error: list[Array]  # float32 scalars, relative truncation errors
     pressing: Array  # bool, whether a rank is held down by the size of its arrays
+    budget: tuple[Any, Array] | None  # a budget's next state, and the tolerance it found
+
+
+# What limits the ranks of a step: from the Galerkin points and the cores' increments to one Truncation a kernel, and the
+# outcome's ``budget``.
+RankBounds = Callable[[list[Galerkin], list[Array]], tuple[list[Truncation], tuple[Any, Array] | None]]
 
 
 class NetworkStep(NamedTuple):
     """The kernels of a network, and the inner transformation that proposes their steps."""
 
     tree: KernelTree  # params
-    policies: list[RankPolicy]  # one a kernel
     inner: optax.GradientTransformationExtraArgs
     extra: dict[str, Any]  # keyword arguments for the inner transformation
     fields: Mapping[str, Kind] | None  # how unusual moments transform
@@ -78,34 +84,43 @@ class NetworkStep(NamedTuple):
         frames: list[Frame],
         gradients: list[Any],
         inner_state: Any,
-        tolerance: Array,
-        warming_up: Array,
+        bounds: RankBounds,
         value_and_grad_fn: ValueAndGrad | None,
     ) -> StepOutcome:
         """One step of Algorithm 1, or of the integrator's variant of it, for all kernels at once."""
         nodes, after_first = self._first_update(frames, gradients, inner_state)
         steps = self.tree.pick(nodes)
-        bases = [augment(frame, step) for frame, step in zip(frames, steps)]
-        points = [scheme.basis_step(basis, step) for basis, step in zip(bases, steps)]
+        bases = augment_all(frames, steps)
+        points = map_batched(scheme.basis_step, bases, steps)
         if scheme.evaluations == 1:
             after_last = after_first
-            increments = [embed_step(step, basis) for step, basis in zip(steps, bases)]
+            increments = map_batched(embed_step, steps, bases)
         else:
             assert value_and_grad_fn is not None
             nodes, after_last = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
             increments = [update.core for update in self.tree.pick(nodes)]
 
-        moved = []
-        for basis, point, increment, policy, kernel in zip(bases, points, increments, self.policies, self.tree.kernels):
-            floor = jnp.where(warming_up, active_rank(kernel), 0)
-            moved.append(scheme.core_step(basis, point, increment, Truncation(tolerance, policy, floor)))
-        updates = [jax.tree.map(jnp.subtract, m.kernel, kernel) for m, kernel in zip(moved, self.tree.kernels)]
+        kernels = self.tree.kernels
+        truncations, budget = bounds(points, increments)
+
+        def core_step(
+            policy: RankPolicy, basis: Augmented, point: Galerkin, increment: Array, cut: Truncation
+        ) -> tuple[Moved, TuckerTensor]:
+            moved = scheme.core_step(basis, point, increment, cut._replace(policy=policy))
+            return moved, jax.tree.map(jnp.subtract, moved.kernel, TuckerTensor(basis.frame.core, basis.frame.U))
+
+        policies = [cut.policy for cut in truncations]
+        # The policy is static, and no part of the batch.
+        traced = [cut._replace(policy=None) for cut in truncations]  # type: ignore[arg-type]
+        results = map_batched(core_step, bases, points, increments, traced, static=policies)
+        moved, updates = [m for m, _ in results], [update for _, update in results]
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
             inner=self._transport(scheme, after_first, after_last, bases, points, moved, self._frames_after(updates)),
             rank=[m.rank for m in moved],
             error=[m.error.astype(jnp.float32) for m in moved],
-            pressing=_any([_pressing(m.bound, k, p) for m, k, p in zip(moved, self.tree.kernels, self.policies)]),
+            pressing=_any([_pressing(m.bound, k, p) for m, k, p in zip(moved, kernels, policies)]),
+            budget=budget,
         )
 
     def core_only_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
@@ -117,16 +132,17 @@ class NetworkStep(NamedTuple):
         ]
         new_frames = self._frames_after(updates)
 
-        def carry(moment: TuckerTensor, i: int, kind: Kind) -> TuckerTensor:
-            same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frames[i].U)
-            return transport_moment(moment.core, moment.factors, unchanged(frames[i]), same, new_frames[i], kind)
+        def carry(kind: Kind, moment: TuckerTensor, frame: Frame, new_frame: Frame) -> TuckerTensor:
+            same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frame.U)
+            return transport_moment(moment.core, moment.factors, unchanged(frame), same, new_frame, kind)
 
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
-            inner=self._map_moments(inner_state, carry),
+            inner=self._map_moments(inner_state, carry, frames, new_frames),
             rank=[active_rank(kernel) for kernel in self.tree.kernels],
             error=[jnp.zeros((), jnp.float32) for _ in frames],
             pressing=jnp.zeros((), bool),
+            budget=None,
         )
 
     def _inner_update(self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any) -> tuple:
@@ -163,9 +179,11 @@ class NetworkStep(NamedTuple):
             TuckerTensor(grad.core.astype(point.core.dtype), zeros)
             for grad, point, zeros in zip(self.tree.pick(self.align(grads)), points, still)
         ]
-        state = self._map_moments(
-            state, lambda m, i, kind: TuckerTensor(turn_moment(m, bases[i], points[i].turns, kind), still[i])
-        )
+
+        def turn(kind: Kind, moment: TuckerTensor, basis: Augmented, point: Galerkin, still: tuple) -> TuckerTensor:
+            return TuckerTensor(turn_moment(moment, basis, point.turns, kind), still)
+
+        state = self._map_moments(state, turn, bases, points, still)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
         return self._inner_update(gradients, core_grads, at_points, state)
 
@@ -174,16 +192,20 @@ class NetworkStep(NamedTuple):
 
         Exactly that, rounding included: the next step lifts it again, and the moments must live in the same frame.
         """
-        return [lift(optax.apply_updates(kernel, update)) for kernel, update in zip(self.tree.kernels, updates)]
+        return lift_all([optax.apply_updates(kernel, update) for kernel, update in zip(self.tree.kernels, updates)])
 
     def _moments(self, state: Any) -> list[Moment]:
         return find_moments(state, list(zip(self.tree.paths, self.tree.kernels)), self.fields)
 
-    def _map_moments(self, state: Any, function: Callable[[TuckerTensor, int, Kind], TuckerTensor]) -> Any:
+    def _map_moments(self, state: Any, function: Callable[..., TuckerTensor], *columns: list[Any]) -> Any:
+        """Replaces every moment by ``function(kind, moment, *entries)``, the columns' entries being those of its kernel."""
         nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
-        for position, i, kind in self._moments(state):
-            if kind != "scalar":
-                nodes[position] = function(nodes[position], i, kind)
+        moments = [moment for moment in self._moments(state) if moment.kind != "scalar"]
+        rows = [[column[moment.kernel] for moment in moments] for column in columns]
+        present = [nodes[moment.position] for moment in moments]
+        results = map_batched(function, present, *rows, static=[moment.kind for moment in moments])
+        for moment, result in zip(moments, results):
+            nodes[moment.position] = result
         return jax.tree.unflatten(treedef, nodes)
 
     def _transport(
@@ -198,20 +220,38 @@ class NetworkStep(NamedTuple):
     ) -> Any:
         """The state after the step: the moments of the K_i from the first update, the cores' from the last, in new frames."""
         first = jax.tree.leaves(after_first, is_leaf=is_tucker)
-        last, treedef = jax.tree.flatten(after_last, is_leaf=is_tucker)
-        for position, i, kind in self._moments(after_first):
-            if kind == "scalar":
-                continue
-            K_moment, core_moment, turns = first[position], last[position].core, points[i].turns
-            if scheme.evaluations == 1 or turns is not None:
-                within = embed_moment(first[position], bases[i], kind)
-            else:
-                within = core_moment
-            carried = transport_moment(within, K_moment.factors, bases[i], moved[i].rotations, frames[i], kind)
-            if turns is not None:  # the core's moment is in the new bases already
-                carried = carried._replace(core=core_moment)
-            last[position] = carried
-        return jax.tree.unflatten(treedef, last)
+        moments = [moment for moment in self._moments(after_first) if moment.kind != "scalar"]
+
+        def carry(
+            kind: Kind,
+            last: TuckerTensor,
+            first: TuckerTensor,
+            basis: Augmented,
+            point: Galerkin,
+            rotations: tuple[ModeArray, ...],
+            frame: Frame,
+        ) -> TuckerTensor:
+            embedded = scheme.evaluations == 1 or point.turns is not None
+            within = embed_moment(first, basis, kind) if embedded else last.core
+            carried = transport_moment(within, first.factors, basis, rotations, frame, kind)
+            # Where the bases turned before the core's step, its moment is in the new ones already.
+            return carried if point.turns is None else carried._replace(core=last.core)
+
+        nodes, treedef = jax.tree.flatten(after_last, is_leaf=is_tucker)
+        owners = [moment.kernel for moment in moments]
+        results = map_batched(
+            carry,
+            [nodes[moment.position] for moment in moments],
+            [first[moment.position] for moment in moments],
+            [bases[i] for i in owners],
+            [points[i] for i in owners],
+            [moved[i].rotations for i in owners],
+            [frames[i] for i in owners],
+            static=[moment.kind for moment in moments],
+        )
+        for moment, result in zip(moments, results):
+            nodes[moment.position] = result
+        return jax.tree.unflatten(treedef, nodes)
 
 
 def look_plain(frames: list[Frame], grads: list[TuckerTensor]) -> Array:

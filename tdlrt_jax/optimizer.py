@@ -7,8 +7,8 @@ integrator turns its updates into the next kernel, and the transport carries its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +18,18 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.frame import chart_point, lift
+from tdlrt_jax.budget import Budget
+from tdlrt_jax.control import Bounds, RankControl
+from tdlrt_jax.frame import chart_point, lift_all
 from tdlrt_jax.integrators import INTEGRATORS
 from tdlrt_jax.network import NetworkStep, StepOutcome, look_plain
 from tdlrt_jax.paths import flatten_kernels
+from tdlrt_jax.rules import parse_rules
 from tdlrt_jax.transport import Kind, find_moments
-from tdlrt_jax.truncation import Convention, Criterion, RankPolicy, check_policy, check_tolerance, per_mode
+from tdlrt_jax.truncation import Convention, Criterion, RankPolicy
 from tdlrt_jax.tucker import TuckerTensor, active_rank, check_structure
 
 __all__ = ["TdlrtState", "tdlrt"]
-
-Bounds = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]]
 
 
 class TdlrtState(NamedTuple):
@@ -41,20 +42,23 @@ class TdlrtState(NamedTuple):
     truncation_error: dict[str, Array]  # relative, of the last step
     cumulative_truncation_error: dict[str, Array]  # sum over the steps so far
     status: Array  # int32 bit flags, see tdlrt_jax.describe_status
+    budget: Any = ()  # a tdlrt_jax.budget.BudgetState where the tolerance is a Budget
 
 
 def tdlrt(
     inner: optax.GradientTransformation,
     *,
-    tolerance: float | Callable[[Array], Array],
+    tolerance: float | Callable[[Array], Array] | Budget,
     integrator: str = "bug",
     criterion: Criterion = "tail",
     convention: Convention = "shared",
     spare: int | None = None,
     warmup: int = 0,
     adapt_every: int = 1,
+    freeze_after: int | None = None,
     min_rank: Bounds = 1,
     max_rank: Bounds | None = None,
+    rules: Mapping[str, Any] | None = None,
     moments: Mapping[str, Kind] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Dynamical low-rank training: an optax transformation for parameters with Tucker kernels among them.
@@ -65,7 +69,8 @@ def tdlrt(
 
     Args:
       inner: the descent step. Its state must mirror the parameters and start constant, or be scalar.
-      tolerance: ``tau`` of line 11, or a schedule ``step -> tau``.
+      tolerance: ``tau`` of line 11; a schedule ``step -> tau``; or a :class:`tdlrt_jax.Budget`, a compression to reach, which
+        finds the tolerance (and ranks stay at what it allows).
       integrator: ``"bug"`` (Algorithm 1), ``"parallel"`` (one gradient a step) or ``"fixed_rank"`` (Algorithm 1, not adaptive).
       criterion, convention: what the tolerance means, see :class:`RankPolicy`.
       spare: directions kept beyond what the tolerance asks for; default 0, and 1 for ``"parallel"``, whose ranks cannot rise
@@ -73,7 +78,11 @@ def tdlrt(
       warmup: for so many steps ranks may rise but not fall.
       adapt_every: bases and ranks move every so many steps; in between only the cores do (from one gradient), while the inner
         state goes on collecting the directions outside of the bases.
+      freeze_after: from this step on ranks stay as they are, while bases and cores go on moving.
       min_rank, max_rank: bounds; one number, one a mode, or a mapping from a regular expression on the kernel's path to either.
+      rules: for single layers, a mapping from a regular expression on the layer's path to the tolerance, criterion, convention,
+        spare, min_rank and max_rank that it has instead of these; the rules given to ``tuckerize``, see
+        :class:`tdlrt_jax.rules.Rule`. The first that fits decides.
       moments: how state fields that optax does not have transform: name to ``"linear"`` or ``"squared"``.
 
     Returns:
@@ -101,47 +110,39 @@ def tdlrt(
     """
     if integrator not in INTEGRATORS:
         raise ValueError(f"integrator={integrator!r} is unknown: expected one of {sorted(INTEGRATORS)}")
-    if not callable(tolerance):
-        check_tolerance(tolerance, convention)
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} must be a number of steps, 0 or more")
-    if adapt_every < 1:
-        raise ValueError(f"adapt_every={adapt_every} must be a number of steps, 1 or more")
-    spare = (1 if integrator == "parallel" else 0) if spare is None else spare
-    check_policy(RankPolicy(criterion, convention, spare), 2)
     scheme = INTEGRATORS[integrator]
+    spare = (1 if integrator == "parallel" else 0) if spare is None else spare
+    control = RankControl(
+        tolerance=tolerance,
+        policy=RankPolicy(criterion, convention, spare),
+        min_rank=min_rank,
+        max_rank=max_rank,
+        rules=parse_rules(rules or {}),
+        warmup=warmup,
+        freeze_after=freeze_after,
+        adapt_every=adapt_every,
+        adaptive=integrator != "fixed_rank",
+    )
     inner = optax.with_extra_args_support(inner)
-
-    def policy_of(name: str, kernel: TuckerTensor) -> RankPolicy:
-        order = len(kernel.factors)
-        low, high = _bound(min_rank, name, 1), _bound(max_rank, name, None)
-        policy = RankPolicy(
-            criterion, convention, spare, per_mode(low, order, "min_rank"), per_mode(high, order, "max_rank")
-        )
-        try:
-            check_policy(policy, order)
-        except ValueError as error:
-            raise ValueError(f"kernel {name!r}: {error}") from None
-        return policy
 
     def init(params: Any) -> TdlrtState:
         tree = flatten_kernels(params)
         for name, kernel in zip(tree.names, tree.kernels):
             _check_kernel(name, kernel)
-            policy_of(name, kernel)
-        _check_patterns({"min_rank": min_rank, "max_rank": max_rank}, tree.names)
-        state = inner.init(tree.replace([chart_point(lift(kernel)) for kernel in tree.kernels]))
+        control.check(tree)
+        state = inner.init(tree.replace([chart_point(frame) for frame in lift_all(tree.kernels)]))
         find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True)
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
-        tau = tolerance(jnp.zeros((), jnp.int32)) if callable(tolerance) else tolerance
+        tau, budget = control.initial(tree, params)
         return TdlrtState(
             step=jnp.zeros((), jnp.int32),
             inner=state,
-            tolerance=jnp.array(tau, jnp.float32),
+            tolerance=tau,
             rank={name: active_rank(kernel) for name, kernel in zip(tree.names, tree.kernels)},
             truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
             cumulative_truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
             status=jnp.zeros((), jnp.int32),
+            budget=budget,
         )
 
     def update(
@@ -164,26 +165,23 @@ def tdlrt(
                 "value_and_grad_fn=lambda params: tdlrt_jax.value_and_grad(loss_fn)(params, batch) to update "
                 '(transformations such as optax.MultiSteps drop it), or use integrator="parallel"'
             )
-        tau = jnp.asarray(tolerance(state.step), jnp.float32) if callable(tolerance) else state.tolerance
-        network = NetworkStep(
-            tree, [policy_of(name, k) for name, k in zip(tree.names, tree.kernels)], inner, extra, moments
-        )
+        tau = control.tolerance_at(state.step, state.tolerance)
+        network = NetworkStep(tree, inner, extra, moments)
         gradients = network.align(grads)
-        frames = [lift(kernel) for kernel in tree.kernels]
+        frames = lift_all(tree.kernels)
+        bounds = partial(control.truncations, tree, params, state.step, tau, state.budget)
 
         def adaptive() -> StepOutcome:
-            return network.adaptive_step(
-                scheme, frames, gradients, state.inner, tau, state.step < warmup, value_and_grad_fn
-            )
+            outcome = network.adaptive_step(scheme, frames, gradients, state.inner, bounds, value_and_grad_fn)
+            return outcome._replace(budget=outcome.budget or (state.budget, tau))
 
-        if adapt_every == 1:
-            outcome = adaptive()
-        else:
-            outcome = jax.lax.cond(
-                state.step % adapt_every == 0, adaptive, lambda: network.core_only_step(frames, gradients, state.inner)
-            )
+        def core_only() -> StepOutcome:
+            return network.core_only_step(frames, gradients, state.inner)._replace(budget=(state.budget, tau))
+
+        every_step = adapt_every == 1
+        outcome = adaptive() if every_step else jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
         plain = look_plain(frames, tree.pick(gradients))
-        return _accept(outcome, gradients, plain, state, tau, tree.names)
+        return _accept(outcome, gradients, plain, state, tree.names)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -193,7 +191,6 @@ def _accept(
     gradients: list[Any],
     plain: Array,
     state: TdlrtState,
-    tolerance: Array,
     names: list[str],
 ) -> tuple[Any, TdlrtState]:
     """The proposed updates and state, or nothing at all where a number is not finite; and the report."""
@@ -202,6 +199,8 @@ def _accept(
     status = status | jnp.where(finite & plain, flags.PLAIN_GRADIENTS, flags.OK)
     status = (status | jnp.where(finite & outcome.pressing, flags.RANK_AT_CAPACITY, flags.OK)).astype(jnp.int32)
     cumulative = state.cumulative_truncation_error
+    assert outcome.budget is not None
+    budget, tolerance = outcome.budget
     proposed = TdlrtState(
         step=state.step + 1,
         inner=outcome.inner,
@@ -210,10 +209,16 @@ def _accept(
         truncation_error=dict(zip(names, outcome.error)),
         cumulative_truncation_error={name: cumulative[name] + error for name, error in zip(names, outcome.error)},
         status=status,
+        budget=budget,
     )
     kept = state._replace(status=status)
-    updates = jax.tree.map(lambda update: jnp.where(finite, update, jnp.zeros_like(update)), outcome.updates)
-    return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, kept)
+    # Not a selection leaf by leaf: XLA would compute the conjunction over all leaves anew in each of them, and a network's step
+    # took minutes to compile.
+    return jax.lax.cond(
+        finite,
+        lambda: (outcome.updates, proposed),
+        lambda: (jax.tree.map(jnp.zeros_like, outcome.updates), kept),
+    )
 
 
 def _all_finite(tree: Any) -> Array:
@@ -245,19 +250,3 @@ def _check_kernel(name: str, kernel: TuckerTensor) -> None:
                 f"kernel {name!r}: factor {mode} is not orthonormal (largest deviation {error:.1e}). "
                 "tdlrt_jax.canonicalize(kernel) makes it so without changing the tensor"
             )
-
-
-def _bound(bound: Bounds | None, name: str, default: int | None) -> int | tuple[int, ...] | None:
-    """The bound of one kernel: the first pattern that is found in its path, for a mapping."""
-    if not isinstance(bound, Mapping):
-        return bound
-    return next((value for pattern, value in bound.items() if re.search(pattern, name)), default)
-
-
-def _check_patterns(bounds: dict[str, Bounds | None], names: list[str]) -> None:
-    for argument, bound in bounds.items():
-        for pattern in bound if isinstance(bound, Mapping) else ():
-            if not any(re.search(pattern, name) for name in names):
-                raise ValueError(
-                    f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {names}"
-                )

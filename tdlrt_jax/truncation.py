@@ -60,7 +60,7 @@ class Truncated(NamedTuple):
     rotations: tuple[ModeArray, ...]  # P_i, (m_i, R_i) with orthonormal columns up to the rank; None for a whole mode
     rank: Array  # int32 (d,)
     error: Array  # scalar, relative to ||C||
-    bound: Array  # bool (d,): a max_rank or the capacity kept the rank below what the tolerance asks for
+    bound: Array  # bool (d,): a max_rank or the capacity kept the rank below what tolerance and ceiling ask for
 
 
 def check_policy(policy: RankPolicy, order: int) -> None:
@@ -198,6 +198,7 @@ def truncate(
     valid: Sequence[ModeArray] | None = None,
     policy: RankPolicy = DEFAULT_POLICY,
     floor: Array | None = None,
+    ceiling: Array | None = None,
 ) -> Truncated:
     """Truncates a core to a relative tolerance by sequential HOSVD, at static shapes.
 
@@ -211,7 +212,8 @@ def truncate(
       whole: modes to leave alone.
       valid: per mode ``(m_i,)`` booleans, the basis columns that exist; ``None`` for all. The core is zero elsewhere.
       policy: criterion, convention, spare directions and bounds.
-      floor: ranks ``(d,)`` not to go below, traced (warm-up); the capacity still wins.
+      floor: ranks ``(d,)`` not to go below, traced (warm-up); the capacity and ``ceiling`` still win.
+      ceiling: ranks ``(d,)`` not to go above, traced (a budget); it wins over ``policy.min_rank``.
 
     Returns:
       A :class:`Truncated`.
@@ -248,6 +250,8 @@ def truncate(
         low = jnp.maximum(lows[mode], 0 if floor is None else floor[mode])
         high = jnp.minimum(jnp.sum(masks[mode], dtype=jnp.int32), min(sizes[mode], others))
         high = high if highs[mode] is None else jnp.minimum(high, highs[mode])
+        if ceiling is not None:
+            wanted, high = jnp.minimum(wanted, ceiling[mode]), jnp.minimum(high, ceiling[mode])
         rank = jnp.maximum(jnp.clip(wanted, low, jnp.maximum(high, low)), 1)
         rank = jnp.minimum(rank, jnp.maximum(high, 1))
         bound[mode] = wanted > rank

@@ -3,7 +3,7 @@
 from tdlrt_jax.integrators import bug as _bug
 from tdlrt_jax.integrators import fixed_rank as _fixed_rank
 from tdlrt_jax.integrators import parallel as _parallel
-from tdlrt_jax.integrators.augmentation import Augmented, augment, embed, unchanged
+from tdlrt_jax.integrators.augmentation import Augmented, augment, augment_all, embed, unchanged
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation
 
 INTEGRATORS: dict[str, Integrator] = {
@@ -12,4 +12,15 @@ INTEGRATORS: dict[str, Integrator] = {
     "fixed_rank": _fixed_rank.fixed_rank,
 }
 
-__all__ = ["INTEGRATORS", "Augmented", "Galerkin", "Integrator", "Moved", "Truncation", "augment", "embed", "unchanged"]
+__all__ = [
+    "INTEGRATORS",
+    "Augmented",
+    "Galerkin",
+    "Integrator",
+    "Moved",
+    "Truncation",
+    "augment",
+    "augment_all",
+    "embed",
+    "unchanged",
+]

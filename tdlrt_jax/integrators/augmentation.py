@@ -7,17 +7,19 @@ cancels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.truncation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
 
-__all__ = ["Augmented", "augment", "augmented_width", "embed", "new_directions", "unchanged"]
+__all__ = ["Augmented", "augment", "augment_all", "augmented_width", "embed", "new_directions", "unchanged"]
 
 
 class Augmented(NamedTuple):
@@ -100,10 +102,21 @@ def augment(frame: Frame, step: TuckerTensor) -> Augmented:
       frame: the point.
       step: increments of ``C`` and of every ``K_i``, with the shapes of the frame's; only those of the ``K_i`` are read.
     """
-    new = [
-        None if u is None else new_directions(dk, u, augmented_width(*u.shape)) for u, dk in zip(frame.U, step.factors)
-    ]
-    return Augmented(frame, tuple(new))
+    return augment_all([frame], [step])[0]
+
+
+def augment_all(frames: Sequence[Frame], steps: Sequence[TuckerTensor]) -> list[Augmented]:
+    """:func:`augment` for all kernels of a network; modes of equal sizes are one batch, whichever kernels they belong to."""
+    modes = [(i, mode) for i, frame in enumerate(frames) for mode, u in enumerate(frame.U) if u is not None]
+    found = map_batched(
+        lambda dk, u: new_directions(dk, u, augmented_width(*u.shape)),
+        [steps[i].factors[mode] for i, mode in modes],
+        [frames[i].U[mode] for i, mode in modes],
+    )
+    new: list[list[ModeArray]] = [[None] * len(frame.U) for frame in frames]
+    for (i, mode), directions in zip(modes, found):
+        new[i][mode] = directions
+    return [Augmented(frame, tuple(directions)) for frame, directions in zip(frames, new)]
 
 
 def embed(tangent: TuckerTensor, augmented: Augmented) -> Array:

@@ -38,7 +38,8 @@ class Truncation(NamedTuple):
 
     tolerance: Array
     policy: RankPolicy
-    floor: Array  # int32 (d,), ranks not to go below (warm-up)
+    floor: Array  # int32 (d,), ranks not to go below (warm-up, frozen ranks)
+    ceiling: Array | None = None  # int32 (d,), ranks not to go above (a budget, frozen ranks)
 
 
 class Integrator(NamedTuple):

@@ -32,19 +32,29 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
       increment: step of the augmented core, of its shape; masked to the directions that exist.
       truncation: tolerance and policy.
     """
-    valid = [None if basis is None else active_columns(basis) for basis in point.bases]
-    sizes = capacity(TuckerTensor(augmented.frame.core, augmented.frame.U))
+    valid = existing(point)
     cut = truncate(
-        jnp.where(_outer(valid, point.core.shape), point.core + increment, 0),
+        stepped_core(point, increment),
         truncation.tolerance,
-        capacity=sizes,
+        capacity=capacity(TuckerTensor(augmented.frame.core, augmented.frame.U)),
         whole=tuple(basis is None for basis in point.bases),
         valid=valid,
         policy=truncation.policy,
         floor=truncation.floor,
+        ceiling=truncation.ceiling,
     )
     kernel = TuckerTensor(cut.core, orthonormal_factors(point.bases, cut.rotations))
     return Moved(kernel, cut.rotations, cut.rank, cut.error, cut.bound)
+
+
+def existing(point: Galerkin) -> list[ModeArray]:
+    """Per mode ``(M_i,)`` booleans, the columns of the bases that exist; None for a whole mode."""
+    return [None if basis is None else active_columns(basis) for basis in point.bases]
+
+
+def stepped_core(point: Galerkin, increment: Array) -> Array:
+    """Line 9: ``C̃ + increment``, masked to the directions that exist; what line 11 truncates."""
+    return jnp.where(_outer(existing(point), point.core.shape), point.core + increment, 0)
 
 
 def _outer(valid: list[ModeArray], shape: tuple[int, ...]) -> Array:

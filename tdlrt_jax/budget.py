@@ -1,0 +1,243 @@
+"""A budget in the place of a tolerance: "reach 95% compression by step s".
+
+What a network may store falls along a schedule. Now and then the singular values of all kernels, those of the augmented cores
+just before truncation (line 11 of Algorithm 1), are looked at together, and the one relative tolerance is found at which the
+ranks that it asks for fit what may be stored. These ranks are the kernels' upper bounds until the next look. So the layers share
+the budget as one tolerance would have them do, and none has to be found by trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.batching import map_batched
+from tdlrt_jax.truncation import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_rank, kernel_shape, parameter_count, unfold
+
+__all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_state", "mode_energies", "plan_budget"]
+
+# The tolerance is searched between these; under the first, float32 no longer tells directions from rounding.
+_SMALLEST, _LARGEST = 1e-4, 1.0
+_HALVINGS = 24
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What to reach, and by when; given to ``tdlrt(..., tolerance=Budget(...))``.
+
+    What may be stored falls from what the kernels start with, ``c_0``, to the target ``c_T`` as
+    ``c_T + (c_0 - c_T) (1 - t)^power``, ``t`` from 0 at step ``start`` to 1 at step ``steps``: fast at first, while much can
+    still be learned anew. After that it stays, and ranks only move between layers.
+
+    Args:
+      compression: ``1 - c / f`` to reach, in (0, 1): ``c`` numbers stored in place of ``f``.
+      steps: training steps by which it is reached.
+      start: steps before it begins to fall.
+      of: what is counted: ``"kernels"``, the Tucker kernels (the paper's rate, where those are the convolutions), or
+        ``"all"``, every parameter, so that kernels make up for the layers left dense.
+      every: adaptive steps between two looks at the singular values.
+      power: of the schedule; 1 for a straight line.
+
+    Raises:
+      ValueError: for values that cannot work.
+
+    Example:
+      >>> Budget(0.95, steps=1000).compression
+      0.95
+
+    Source: section 3.1 (the tolerance); the schedule is that of Zhu and Gupta (2017) for pruning.
+    """
+
+    compression: float
+    steps: int
+    start: int = 0
+    of: Literal["kernels", "all"] = "kernels"
+    every: int = 10
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.compression < 1:
+            raise ValueError(
+                f"compression={self.compression}: expected a fraction between 0 and 1, 0.95 to store a twentieth"
+            )
+        if not 0 <= self.start < self.steps:
+            raise ValueError(f"start={self.start}, steps={self.steps}: expected 0 <= start < steps")
+        if self.of not in ("kernels", "all"):
+            raise ValueError(f"of={self.of!r} is unknown: expected 'kernels' or 'all'")
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be a number of adaptive steps, 1 or more")
+        if not self.power > 0:
+            raise ValueError(f"power={self.power} must be positive")
+
+
+class BudgetState(NamedTuple):
+    """What a budget remembers between its looks."""
+
+    start: Array  # float32 scalar, numbers stored in the kernels at the beginning
+    ceiling: dict[str, Array]  # int32 (d,) a kernel, ranks not to exceed
+
+
+class Plan(NamedTuple):
+    """A kernel as the budget sees it; static and hashable."""
+
+    shape: tuple[int, ...]
+    capacity: tuple[int, ...]
+    whole: tuple[bool, ...]
+    policy: RankPolicy
+    tolerance: float | None = None  # the kernel's own, which the search leaves alone
+
+
+def plan_budget(kernel: TuckerTensor, policy: RankPolicy, tolerance: float | None = None) -> Plan:
+    """The :class:`Plan` of a kernel."""
+    whole = tuple(factor is None for factor in kernel.factors)
+    return Plan(kernel_shape(kernel), tuple(kernel.core.shape), whole, policy, tolerance)
+
+
+def initial_state(
+    budget: Budget, params: Any, kernels: Mapping[str, TuckerTensor], plans: Sequence[Plan]
+) -> BudgetState:
+    """The state at the start; raises ``ValueError`` for a budget that the least possible ranks exceed, naming the kernels."""
+    least = {}
+    for name, plan in zip(kernels, plans):
+        lows = per_mode(plan.policy.min_rank, len(plan.shape), "min_rank")
+        lowest = [n if w else min(low, n) for n, low, w in zip(plan.shape, lows, plan.whole)]
+        least[name] = parameter_count(plan.shape, lowest, plan.whole)
+    target = _target(budget, params, plans)
+    if sum(least.values()) > target:
+        most = sorted(least, key=lambda name: -least[name])[:3]
+        listed = ", ".join(f"{name!r} ({least[name]:,})" for name in most)
+        raise ValueError(
+            f"compression={budget.compression} of {budget.of!r} leaves {max(target, 0):,.0f} numbers for the kernels, but their "
+            f"least ranks need {sum(least.values()):,}, most of it {listed}: ask for less compression, lower min_rank, give "
+            'these kernels fewer whole modes, or make more layers Tucker layers if of="all"'
+        )
+    ranks = [active_rank(kernel).astype(jnp.float32) for kernel in kernels.values()]
+    start = _add([_count(plan, rank) for plan, rank in zip(plans, ranks, strict=True)])
+    return BudgetState(start, {name: jnp.array(plan.shape, jnp.int32) for name, plan in zip(kernels, plans)})
+
+
+def allowed(budget: Budget, state: BudgetState, params: Any, plans: Sequence[Plan], step: Array) -> Array:
+    """Numbers that the kernels may store at a step, a float32 scalar."""
+    target = _target(budget, params, plans)
+    t = jnp.clip((step - budget.start) / (budget.steps - budget.start), 0, 1).astype(jnp.float32)
+    return target + (state.start - target) * (1 - t) ** budget.power
+
+
+def mode_energies(core: Array) -> tuple[Array, ...]:
+    """Squared singular values of every unfolding of a core, descending, relative to ``||C||^2``: ``(M_i,)`` each.
+
+    From the Gram matrices, so they are good to rounding of the largest: enough to share a budget.
+    """
+    core = core.astype(jnp.promote_types(core.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(core))
+    core = core / jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(core)
+    core = core / jnp.where(norm > 0, norm, 1)
+
+    def energies(mode: int) -> Array:
+        rows = unfold(core, mode)
+        return jnp.maximum(jnp.linalg.eigvalsh(jnp.matmul(rows, rows.T, precision=HIGHEST))[::-1], 0)
+
+    return tuple(energies(mode) for mode in range(core.ndim))
+
+
+def fit_ranks(
+    energies: Sequence[tuple[Array, ...]], exists: Sequence[tuple[ModeArray, ...]], plans: Sequence[Plan], limit: Array
+) -> tuple[list[Array], Array]:
+    """The ranks of one common tolerance, the smallest at which the kernels store no more than ``limit`` numbers.
+
+    Args:
+      energies: of :func:`mode_energies`, one tuple a kernel.
+      exists: per kernel and mode an int32 scalar, how many directions there are; None for a whole mode.
+      plans: one a kernel.
+      limit: numbers that may be stored in all of them.
+
+    Returns:
+      int32 ``(d,)`` a kernel, ranks not to exceed (above the capacity where that is what holds a rank down), and the tolerance.
+    """
+
+    def ranks(tau: Array) -> list[tuple[Array, Array]]:
+        def of_kernel(plan: Plan, energies: tuple[Array, ...], exists: tuple[ModeArray, ...]) -> tuple[Array, Array]:
+            return _ranks(plan, energies, exists, tau)
+
+        return map_batched(of_kernel, energies, exists, static=plans)
+
+    def stored(ranks: list[tuple[Array, Array]]) -> Array:
+        return _add([_count(plan, kept) for plan, (kept, _) in zip(plans, ranks, strict=True)])
+
+    def choose(fits: Array, these: Any, others: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(fits, a, b), these, others)
+
+    def halve(_: int, bracket: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        low, high, best = bracket
+        middle = (low + high) / 2
+        candidate = ranks(jnp.exp(middle))
+        fits = stored(candidate) <= limit
+        # The ranks are carried and not found again from the tolerance, which in the end is a rounding away from a jump.
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high), choose(fits, candidate, best)
+
+    low, high = jnp.float32(math.log(_SMALLEST)), jnp.float32(math.log(_LARGEST))
+    _, high, best = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high, ranks(jnp.exp(high))))
+    everything = ranks(jnp.float32(0))
+    fits = stored(everything) <= limit
+    return [ceiling for _, ceiling in choose(fits, everything, best)], jnp.where(fits, 0, jnp.exp(high))
+
+
+def _ranks(plan: Plan, energies: tuple[Array, ...], exists: tuple[ModeArray, ...], tau: Array) -> tuple[Array, Array]:
+    """The ranks at a tolerance, float32 ``(d,)``, within the capacity; and int32, what they would be without it."""
+    order, policy = len(plan.shape), plan.policy
+    tau = tau if plan.tolerance is None else jnp.float32(plan.tolerance)
+    lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
+    limits = thresholds(tau, jnp.ones((), jnp.float32), plan.whole, policy)
+    useful = max_capacity(plan.shape, [n if high is None else min(n, high) for n, high in zip(plan.shape, highs)])
+    free, kept = [], []
+    for mode in range(order):
+        if plan.whole[mode]:
+            free.append(jnp.int32(plan.shape[mode]))
+            kept.append(free[-1])
+            continue
+        wanted = choose_rank(energies[mode], limits[mode], policy)
+        most = jnp.minimum(jnp.asarray(exists[mode], jnp.int32), useful[mode])
+        free.append(jnp.clip(wanted, jnp.minimum(lows[mode], most), most))
+        kept.append(jnp.minimum(free[-1], plan.capacity[mode]))
+    bounded = _consistent(jnp.stack(kept).astype(jnp.float32), plan)
+    unbounded = _consistent(jnp.stack(free).astype(jnp.float32), plan)
+    at_capacity = (bounded == jnp.array(plan.capacity)) & (unbounded > bounded)
+    return bounded, jnp.where(at_capacity, unbounded, bounded).astype(jnp.int32)
+
+
+def _consistent(ranks: Array, plan: Plan) -> Array:
+    """Lowers ranks to ``r_i <= prod_{j != i} r_j``; whole modes stay."""
+    whole = jnp.array(plan.whole)
+    for _ in plan.shape:
+        ranks = jnp.where(whole, ranks, jnp.minimum(ranks, jnp.round(jnp.prod(ranks) / ranks)))
+    return ranks
+
+
+def _count(plan: Plan, ranks: Array) -> Array:
+    """:func:`parameter_count` of float32 ranks; exact up to 2^24 a kernel."""
+    sizes = jnp.array([0 if w else n for n, w in zip(plan.shape, plan.whole)], jnp.float32)
+    return jnp.prod(ranks) + jnp.sum(sizes * ranks)
+
+
+def _add(counts: list[Array]) -> Array:
+    return jnp.sum(jnp.stack(counts))
+
+
+def _target(budget: Budget, params: Any, plans: Sequence[Plan]) -> float:
+    """Numbers that the kernels may store in the end."""
+    full = sum(math.prod(plan.shape) for plan in plans)
+    if budget.of == "kernels":
+        return (1 - budget.compression) * full
+    kernels = sum(
+        math.prod(p.capacity) + sum(n * r for n, r, w in zip(p.shape, p.capacity, p.whole) if not w) for p in plans
+    )
+    others = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)) - kernels
+    return (1 - budget.compression) * (full + others) - others

@@ -1,0 +1,181 @@
+"""What decides the ranks of a step: tolerance or budget, policies and rules, warm-up and freezing, put together per kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.batching import map_batched
+from tdlrt_jax.budget import Budget, BudgetState, Plan, allowed, fit_ranks, initial_state, mode_energies, plan_budget
+from tdlrt_jax.integrators import Galerkin, Truncation
+from tdlrt_jax.integrators.bug import existing, stepped_core
+from tdlrt_jax.paths import KernelTree
+from tdlrt_jax.rules import Rule, check_rules_match, layer_path, rule_for
+from tdlrt_jax.truncation import RankPolicy, check_policy, check_tolerance, per_mode
+from tdlrt_jax.tucker import TuckerTensor, active_rank
+
+__all__ = ["Bounds", "RankControl"]
+
+Bounds = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RankControl:
+    """The options of :func:`tdlrt_jax.tdlrt` that concern ranks; see there."""
+
+    tolerance: float | Callable[[Array], Array] | Budget
+    policy: RankPolicy  # of kernels without a rule; its bounds are replaced by the two below
+    min_rank: Bounds
+    max_rank: Bounds | None
+    rules: tuple[tuple[str, Rule], ...]
+    warmup: int
+    freeze_after: int | None
+    adapt_every: int
+    adaptive: bool  # whether the integrator changes ranks
+
+    def __post_init__(self) -> None:
+        tolerance = self.tolerance
+        if isinstance(tolerance, Budget):
+            if not self.adaptive:
+                raise ValueError(
+                    'a Budget moves ranks, which integrator="fixed_rank" does not: use "bug" or "parallel"'
+                )
+            if self.policy.convention == "absolute":
+                raise ValueError('a Budget finds a relative tolerance: leave out convention="absolute"')
+        elif not callable(tolerance):
+            check_tolerance(tolerance, self.policy.convention)
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must be a number of steps, 0 or more")
+        if self.adapt_every < 1:
+            raise ValueError(f"adapt_every={self.adapt_every} must be a number of steps, 1 or more")
+        if self.freeze_after is not None and self.freeze_after < 0:
+            raise ValueError(f"freeze_after={self.freeze_after} must be a number of steps, 0 or more, or None")
+        check_policy(self.policy, 2)
+
+    # At the start.
+
+    def check(self, tree: KernelTree) -> None:
+        """Raises ``ValueError`` for bounds and rules that do not fit the kernels, naming them."""
+        for name, kernel in zip(tree.names, tree.kernels):
+            self.policy_of(name, kernel)
+        for argument, bound in (("min_rank", self.min_rank), ("max_rank", self.max_rank)):
+            for pattern in bound if isinstance(bound, Mapping) else ():
+                if not any(re.search(pattern, name) for name in tree.names):
+                    raise ValueError(
+                        f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {tree.names}"
+                    )
+        check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in tree.node_names))
+
+    def initial(self, tree: KernelTree, params: Any) -> tuple[Array, Any]:
+        """The first tolerance, and the state of a budget (``()`` without one)."""
+        if isinstance(self.tolerance, Budget):
+            kernels = dict(zip(tree.names, tree.kernels))
+            return jnp.zeros((), jnp.float32), initial_state(self.tolerance, params, kernels, self._plans(tree))
+        tau = self.tolerance(jnp.zeros((), jnp.int32)) if callable(self.tolerance) else self.tolerance
+        return jnp.array(tau, jnp.float32), ()
+
+    # In a step.
+
+    def tolerance_at(self, step: Array, present: Array) -> Array:
+        """The tolerance of a step; the present one, which may have been replaced from outside, unless it is a schedule."""
+        if isinstance(self.tolerance, Budget) or not callable(self.tolerance):
+            return present
+        return jnp.asarray(self.tolerance(step), jnp.float32)
+
+    def truncations(
+        self,
+        tree: KernelTree,
+        params: Any,
+        step: Array,
+        tolerance: Array,
+        budget: Any,
+        points: list[Galerkin],
+        increments: list[Array],
+    ) -> tuple[list[Truncation], tuple[Any, Array] | None]:
+        """One :class:`Truncation` a kernel, and the budget's next state with the tolerance it found."""
+        ceilings: list[Array | None] = [None] * len(tree.kernels)
+        found = None
+        if isinstance(self.tolerance, Budget):
+            budget, tolerance = self._spend(tree, params, step, tolerance, budget, points, increments)
+            ceilings = [budget.ceiling[name] for name in tree.names]
+            found = (budget, tolerance)
+        truncations = []
+        for name, kernel, ceiling in zip(tree.names, tree.kernels, ceilings):
+            rank = active_rank(kernel)
+            floor = jnp.where(step < self.warmup, rank, 0)
+            if self.freeze_after is not None:
+                frozen = step >= self.freeze_after
+                floor = jnp.where(frozen, rank, floor)
+                ceiling = jnp.where(frozen, rank, jnp.iinfo(jnp.int32).max if ceiling is None else ceiling)
+            own = self._rule(name).tolerance
+            tau = (jnp.zeros_like(tolerance) if found else tolerance) if own is None else jnp.float32(own)
+            truncations.append(Truncation(tau, self.policy_of(name, kernel), floor, ceiling))
+        return truncations, found
+
+    def _spend(
+        self,
+        tree: KernelTree,
+        params: Any,
+        step: Array,
+        tolerance: Array,
+        state: BudgetState,
+        points: list[Galerkin],
+        increments: list[Array],
+    ) -> tuple[BudgetState, Array]:
+        """Looks at the singular values if it is time, and sets the ceilings anew."""
+        budget, plans = self.tolerance, self._plans(tree)
+        assert isinstance(budget, Budget)
+        period = budget.every * self.adapt_every
+
+        def look() -> tuple[BudgetState, Array]:
+            energies = map_batched(
+                lambda point, increment: mode_energies(stepped_core(point, increment)), points, increments
+            )
+            exists = [tuple(None if v is None else jnp.sum(v, dtype=jnp.int32) for v in existing(p)) for p in points]
+            # The ceilings hold until the next look: what is allowed then must fit already.
+            limit = allowed(budget, state, params, plans, step + period)
+            ranks, tau = fit_ranks(energies, exists, plans, limit)
+            return state._replace(ceiling=dict(zip(tree.names, ranks))), tau
+
+        due = step % period < self.adapt_every
+        if self.freeze_after is not None:
+            due = due & (step < self.freeze_after)
+        return jax.lax.cond(due, look, lambda: (state, tolerance))
+
+    # Per kernel.
+
+    def policy_of(self, name: str, kernel: TuckerTensor) -> RankPolicy:
+        """The policy of a kernel: its rule's, and for what that leaves open the optimizer's."""
+        order = len(kernel.factors)
+        low, high = _bound(self.min_rank, name, 1), _bound(self.max_rank, name, None)
+        try:
+            policy = self.policy._replace(
+                min_rank=per_mode(low, order, "min_rank"), max_rank=per_mode(high, order, "max_rank")
+            )
+            policy = self._rule(name).policy(order, policy)
+            check_policy(policy, order)
+        except ValueError as error:
+            raise ValueError(f"kernel {name!r}: {error}") from None
+        return policy
+
+    def _rule(self, name: str) -> Rule:
+        return rule_for(self.rules, layer_path(name)) or Rule()
+
+    def _plans(self, tree: KernelTree) -> list[Plan]:
+        return [
+            plan_budget(kernel, self.policy_of(name, kernel), self._rule(name).tolerance)
+            for name, kernel in zip(tree.names, tree.kernels)
+        ]
+
+
+def _bound(bound: Bounds | None, name: str, default: int | None) -> int | tuple[int, ...] | None:
+    """The bound of one kernel: the first pattern that is found in its path, for a mapping."""
+    if not isinstance(bound, Mapping):
+        return bound
+    return next((value for pattern, value in bound.items() if re.search(pattern, name)), default)
