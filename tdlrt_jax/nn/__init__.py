@@ -1,6 +1,24 @@
 """Layers and training for ``flax.nnx``; the only room of the package that knows flax."""
 
+from tdlrt_jax.nn import linen
+from tdlrt_jax.nn.convert import densify, tuckerize
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
+from tdlrt_jax.nn.plain import to_plain
+from tdlrt_jax.nn.summary import summarize
 from tdlrt_jax.nn.training import tdlrt, tdlrt_step, value_and_grad, value_and_grad_fn
+from tdlrt_jax.nn.transposed import TuckerConvTranspose
 
-__all__ = ["TuckerConv", "TuckerLinear", "tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
+__all__ = [
+    "TuckerConv",
+    "TuckerConvTranspose",
+    "TuckerLinear",
+    "densify",
+    "linen",
+    "summarize",
+    "tdlrt",
+    "tdlrt_step",
+    "to_plain",
+    "tuckerize",
+    "value_and_grad",
+    "value_and_grad_fn",
+]

@@ -130,10 +130,10 @@ class TuckerConv(nnx.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = kernel_size
-        self.strides = _hashable(strides)
-        self.padding = _hashable(padding)
-        self.input_dilation = _hashable(input_dilation)
-        self.kernel_dilation = _hashable(kernel_dilation)
+        self.strides = hashable(strides)
+        self.padding = hashable(padding)
+        self.input_dilation = hashable(input_dilation)
+        self.kernel_dilation = hashable(kernel_dilation)
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.mask = nnx.data(mask)
@@ -157,7 +157,7 @@ class TuckerConv(nnx.Module):
         """
         kernel: Any = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        inputs, bias = _promote(self, inputs, kernel, bias)
+        inputs, bias = compute_inputs(self, inputs, kernel, bias)
         if self.mask is not None:
             kernel = to_dense(kernel) * self.mask
         if self.conv_general_dilated is lax.conv_general_dilated and out_sharding is None:
@@ -293,7 +293,7 @@ class TuckerLinear(nnx.Module):
         """
         kernel: Any = self.kernel.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        inputs, bias = _promote(self, inputs, kernel, bias)
+        inputs, bias = compute_inputs(self, inputs, kernel, bias)
         if self.dot_general is lax.dot_general and out_sharding is None:
             options = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
             y = tucker_linear(inputs, kernel, plan=self.plan, **options)
@@ -309,21 +309,22 @@ class TuckerLinear(nnx.Module):
         return y if bias is None else y + bias
 
 
-def _promote(
-    layer: TuckerConv | TuckerLinear, inputs: Array, kernel: Any, bias: Array | None
-) -> tuple[Array, Array | None]:
-    """Input and bias in the dtype of the computation; kernels are formed in their own and cast after that.
-
-    A scalar stands for the kernel. Where a kernel is wider only because factors are never narrower than float32, it
-    counts as ``param_dtype``.
-    """
-    stored = jax.tree.leaves(kernel)[0].dtype
-    widened = stored == jnp.promote_types(layer.param_dtype, jnp.float32)
-    stand_in = jnp.zeros((), layer.param_dtype if widened else stored)
-    inputs, _, bias = layer.promote_dtype((inputs, stand_in, bias), dtype=layer.dtype)
+def compute_inputs(layer: Any, inputs: Array, kernel: Any, bias: Array | None) -> tuple[Array, Array | None]:
+    """Input and bias of an nnx layer in the dtype of the computation; kernels are formed in their own and cast after that."""
+    inputs, _, bias = layer.promote_dtype((inputs, stand_in(kernel, layer.param_dtype), bias), dtype=layer.dtype)
     return inputs, bias
 
 
-def _hashable(value: Any) -> Any:
+def stand_in(kernel: Any, param_dtype: DTypeLike) -> Array:
+    """A scalar of the dtype that a kernel counts as where dtypes are promoted.
+
+    Where a kernel is wider only because factors are never narrower than float32, that is ``param_dtype``.
+    """
+    stored = jax.tree.leaves(kernel)[0].dtype
+    widened = stored == jnp.promote_types(param_dtype, jnp.float32)
+    return jnp.zeros((), param_dtype if widened else stored)
+
+
+def hashable(value: Any) -> Any:
     """Sequences as tuples, so that the layer's static part can be compared."""
-    return tuple(_hashable(entry) for entry in value) if isinstance(value, list | tuple) else value
+    return tuple(hashable(entry) for entry in value) if isinstance(value, list | tuple) else value
