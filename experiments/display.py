@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.table import Table
 
 from experiments.metrics import Layer, Totals
 
-__all__ = ["Display", "layer_table"]
+__all__ = ["Display", "history_table", "layer_table", "rank_table"]
+
+_ROWS, _COLUMNS = 30, 8  # epochs that a table shows at most
 
 
 class Display:
@@ -102,6 +105,56 @@ def layer_table(summary: list[Layer], total: Totals) -> Table:
     )
     table.add_row("whole network", "", "", f"{total.full:,}", f"{total.parameters:,}", f"{total.compression:.1%}")
     return table
+
+
+def history_table(history: Sequence[dict[str, Any]]) -> Table:
+    """Losses, accuracies, compression and seconds, epoch by epoch; of a long run, epochs at even distances."""
+    shown = _spread(history, _ROWS)
+    skipped = "" if len(shown) == len(history) else f" (of {len(history)} epochs, {len(shown)} are shown)"
+    table = Table(title=f"Epochs{skipped}", title_justify="left")
+    columns = {
+        "epoch": ("epoch", "d"),
+        "train_loss": ("loss", ".4f"),
+        "train_accuracy": ("train", ".2%"),
+        "validation_accuracy": ("validation", ".2%"),
+        "test_accuracy": ("test", ".2%"),
+        "compression_conv": ("c.r. convolutions", ".1%"),
+        "compression_all": ("c.r. all", ".1%"),
+        "weights": ("weights", ",d"),
+        "learning_rate": ("rate", ".3g"),
+        "seconds": ("seconds", ".1f"),
+        "compilations": ("compiled", "d"),
+    }
+    given = {field: how for field, how in columns.items() if any(record.get(field) is not None for record in history)}
+    for header, _ in given.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    for record in shown:
+        table.add_row(*(_number(record.get(field), form) for field, (_, form) in given.items()))
+    return table
+
+
+def rank_table(history: Sequence[dict[str, Any]]) -> Table:
+    """The ranks of every layer over the epochs, modes in the paper's order."""
+    records = [record for record in history if record.get("ranks")]
+    shown = _spread(records, _COLUMNS)
+    table = Table(title="Ranks as (out, in, height, width) after epoch", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for record in shown:
+        table.add_column(str(record["epoch"]), justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for record in records for name in record["ranks"]):
+        table.add_row(name, *(_product(tuple(record["ranks"].get(name, ()))) for record in shown))
+    return table
+
+
+def _spread(records: Sequence[Any], limit: int) -> list[Any]:
+    """At most so many of them, the first and the last included."""
+    if len(records) <= limit:
+        return list(records)
+    return [records[round(i * (len(records) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _product(numbers: tuple[int, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tdlrt_jax import active_rank, kernel_shape, parameter_count, to_dense
-from tdlrt_jax.paths import path_name
+from tdlrt_jax import active_rank, to_dense
+from tdlrt_jax.report import Total, kernels_by_layer, layer_name, summarize_params
 from tdlrt_jax.tucker import is_tucker, unfold
 
 __all__ = [
@@ -40,7 +39,7 @@ class Layer(NamedTuple):
     @property
     def compression(self) -> float:
         """``1 - c / f`` (paper, section 4.1); negative where ranks are so high that the format costs more."""
-        return 1 - self.parameters / self.full
+        return Total(self.parameters, self.full).compression
 
 
 class Totals(NamedTuple):
@@ -59,42 +58,27 @@ def paper_order(modes: tuple[Any, ...]) -> tuple[Any, ...]:
     return (modes[-1], modes[-2], *modes[:-2])
 
 
-def layer_name(path: str) -> str:
-    """The layer that a kernel's path belongs to: ``conv1`` for ``conv1/kernel/value``."""
-    return path.removesuffix("/value").removesuffix("/kernel")
-
-
-def _kernels(params: Any) -> dict[str, Any]:
-    """All kernels, Tucker or dense, by the name of their layer."""
-    found = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_tucker):
-        full = path_name(path)
-        name = layer_name(full)
-        if is_tucker(node) or (name != full.removesuffix("/value") and node.ndim >= 2):
-            found[name] = node
-    return found
-
-
 def layers(params: Any) -> list[Layer]:
     """The layers with kernels, in the order of the tree."""
-    summary = []
-    for name, kernel in _kernels(params).items():
-        shape = kernel_shape(kernel) if is_tucker(kernel) else kernel.shape
-        full, rank, count = math.prod(shape), None, math.prod(shape)
-        if is_tucker(kernel):
-            rank = tuple(np.asarray(active_rank(kernel)).tolist())
-            count = parameter_count(shape, rank, [factor is None for factor in kernel.factors])
-        kind = "linear" if len(shape) == 2 else "convolution"
-        summary.append(Layer(name, kind, paper_order(shape), rank and paper_order(rank), count, full))
-    return summary
+    return [
+        Layer(
+            layer.path,
+            layer.kind,
+            paper_order(layer.shape),
+            layer.rank and paper_order(layer.rank),
+            layer.parameters,
+            layer.dense_parameters,
+        )
+        for layer in summarize_params(params).layers
+    ]
 
 
 def totals(summary: list[Layer]) -> Totals:
     """Sums over layers. A network without convolutions has a convolutional compression of 0."""
 
     def add(some: list[Layer]) -> tuple[int, int, float]:
-        count, full = sum(layer.parameters for layer in some), sum(layer.full for layer in some)
-        return count, full, 1 - count / full if full else 0.0
+        total = Total(sum(layer.parameters for layer in some), sum(layer.full for layer in some))
+        return *total, total.compression
 
     return Totals(*add(summary), *add([layer for layer in summary if layer.kind == "convolution"]))
 
@@ -105,7 +89,7 @@ def singular_values(params: Any) -> dict[str, list[np.ndarray]]:
     A Tucker kernel has those of its core, since its factors are orthonormal; only as many as its rank are given.
     """
     values = {}
-    for name, kernel in _kernels(params).items():
+    for name, kernel in kernels_by_layer(params).items():
         tensor = kernel.core if is_tucker(kernel) else to_dense(kernel)
         ranks = np.asarray(active_rank(kernel)).tolist() if is_tucker(kernel) else tensor.shape
         spectra = []

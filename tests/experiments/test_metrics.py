@@ -89,27 +89,97 @@ def drawn(figure):
     return np.mean(np.any(pixels != 255, axis=-1))
 
 
-def test_plots_draw_the_numbers_they_are_given(params):
-    history = [
+@pytest.fixture
+def history():
+    return [
         {
             "epoch": epoch,
             **{f"{part}_{kind}": 1 / epoch for part in ("train", "test") for kind in ("loss", "accuracy")},
             "compression_conv": 0.1 * epoch,
             "compression_all": 0.2 * epoch,
             "ranks": {"conv": (5 - epoch, 2, 3, 3), "hidden": (4, 4)},
+            "truncation_error": {"conv": 0.01 / epoch, "hidden": 0.0},
+            "cumulative_truncation_error": {"conv": 0.01 * epoch, "hidden": 1e-7},
+            "seconds": 10.0 * epoch,
+            "evaluation_seconds": 1.0,
+            "compilations": int(epoch == 2),
         }
         for epoch in (1, 2, 3)
     ]
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_plots_draw_the_numbers_they_are_given(params, history):
     learning = plots.plot_learning(history)
     loss, accuracy, _ = learning.axes
     assert [line.get_label() for line in loss.lines] == ["training", "test"]
     np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [1, 1 / 2, 1 / 3])
     ranks = plots.plot_ranks(history)
     assert [axes.get_title() for axes in ranks.axes] == ["conv", "hidden"]
-    assert [line.get_label() for line in ranks.axes[0].lines] == ["out", "in", "height", "width"]
+    assert [line.get_label() for line in ranks.axes[0].lines] == legend_of(ranks) == ["out", "in", "height", "width"]
     np.testing.assert_array_equal(ranks.axes[0].lines[0].get_ydata(), [4, 3, 2])
     spectra = plots.plot_spectra(metrics.singular_values(params))
     assert len(spectra.axes) == 3 and spectra.axes[1].lines[0].get_ydata()[0] == 1
-    for figure in (learning, ranks, spectra):
+    compression = plots.plot_compression(history)
+    over_time, trade, _ = compression.axes
+    np.testing.assert_allclose(over_time.lines[1].get_ydata(), [0.2, 0.4, 0.6])
+    np.testing.assert_allclose(trade.lines[0].get_xydata(), [[0.2, 1], [0.4, 1 / 2], [0.6, 1 / 3]])
+    truncation = plots.plot_truncation(history)
+    assert legend_of(truncation) == ["conv", "hidden"]
+    np.testing.assert_allclose(truncation.axes[0].lines[0].get_ydata(), [0.01, 0.005, 0.01 / 3])
+    assert np.isnan(truncation.axes[0].lines[1].get_ydata()).all(), "nothing cut is no point on a logarithmic axis"
+    seconds = plots.plot_seconds(history)
+    heights = [patch.get_height() for patch in seconds.axes[0].patches]
+    np.testing.assert_allclose(heights, [10, 20, 30, 1, 1, 1])
+    np.testing.assert_allclose(seconds.axes[0].lines[0].get_xdata(), [2])
+    for figure in (learning, ranks, spectra, compression, truncation, seconds):
         assert drawn(figure) > 0.02
     assert plots.plot_ranks([{"epoch": 1, "ranks": {}}]) is None
+    assert plots.plot_truncation([{"epoch": 1, "truncation_error": {}}]) is None
+
+
+def test_runs_are_compared_in_one_plot(history):
+    figure = plots.plot_comparison({"long": history, "short": history[:1], "bare": [{"epoch": 1}]})
+    accuracy, compression, ends = figure.axes
+    assert legend_of(figure) == ["long", "short", "bare"]
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
+    np.testing.assert_allclose(compression.lines[1].get_ydata(), [0.2])
+    np.testing.assert_allclose([line.get_xydata()[0] for line in ends.lines], [[0.6, 1 / 3], [0.2, 1]])
+    assert drawn(figure) > 0.02
+
+
+def test_many_layers_are_a_grid():
+    names = [f"convolutions/{number}" for number in range(13)]
+    history = [
+        {"epoch": epoch, "ranks": dict.fromkeys(names, (4, 3, 2, 1)), "truncation_error": dict.fromkeys(names, 0.1)}
+        for epoch in (1, 2)
+    ]
+    figure = plots.plot_ranks(history)
+    assert [axes.get_title() for axes in figure.axes] == names
+    rows, columns = {round(axes.get_position().y0, 3) for axes in figure.axes}, figure.axes[0].get_gridspec().ncols
+    assert columns == 5 and len(rows) == 3
+    lines = plots.plot_truncation(history).axes[0].lines
+    assert len({(tuple(line.get_color()), line.get_linestyle()) for line in lines}) == 13
+
+
+def test_epochs_and_ranks_as_tables(history):
+    def text(table):
+        console = Console(width=150, file=io.StringIO(), record=True)
+        console.print(table)
+        return console.export_text()
+
+    epochs = text(display.history_table(history))
+    for words in ("50.00%", "0.3333", "c.r. all", "60.0%", "30.0", "compiled"):
+        assert words in epochs
+    assert "validation" not in epochs, "nothing is shown that no epoch has"
+    ranks = text(display.rank_table(history))
+    assert "4×2×3×3" in ranks and "2×2×3×3" in ranks and "4×4" in ranks
+    long = [{**history[0], "epoch": epoch} for epoch in range(1, 101)]
+    epochs, ranks = text(display.history_table(long)), text(display.rank_table(long))
+    assert "of 100 epochs, 30 are shown" in epochs
+    for table in (epochs, ranks):
+        assert "100" in table and " 1 " in table

@@ -1,0 +1,368 @@
+"""What a network costs, layer by layer: ranks, parameters, multiply-adds, as data and as a table.
+
+Everything is counted at the ranks in use, not at the capacities of the arrays. The walk through a ``flax.nnx`` model is
+in :mod:`tdlrt_jax.nn.summary`; here are the numbers, which need no flax.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tdlrt_jax.conv import plans
+from tdlrt_jax.conv.plans import PLANS, Work, count_work, streamed_modes
+from tdlrt_jax.paths import path_name
+from tdlrt_jax.tucker import TuckerTensor, active_rank, capacity, is_tucker, kernel_shape, parameter_count
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LayerSummary", "Summary", "Total", "forward_plan", "layer_name", "summarize_layer", "summarize_params"]
+
+KINDS = ("convolution", "transposed convolution", "linear")
+_PASSES = 3  # a Work counts the memory traffic of a training step as that of three forward passes
+
+
+class Total(NamedTuple):
+    """Numbers stored, or multiply-adds, of several layers: as they are, and with dense kernels."""
+
+    stored: int
+    dense: int
+
+    @property
+    def compression(self) -> float:
+        """``1 - c / f`` (paper, section 4.1); 0 for nothing, negative where the format costs more than it saves."""
+        return 1 - self.stored / self.dense if self.dense else 0.0
+
+
+class LayerSummary(NamedTuple):
+    """One layer with a kernel; modes in the order ``(spatial..., in / groups, out)``."""
+
+    path: str  # of the layer: "conv1", "blocks/0/conv"
+    kind: str  # one of KINDS
+    shape: tuple[int, ...]  # of the dense kernel
+    rank: tuple[int, ...] | None  # in use; None for a dense kernel
+    capacity: tuple[int, ...] | None  # of the arrays
+    parameters: int  # core and factors at the ranks in use, without bias; 0 where another layer's kernel is used
+    dense_parameters: int
+    inputs: tuple[tuple[int, ...], ...] = ()  # the input's shape in every call
+    plan: str | None = None  # how a forward pass at the ranks in use applies the kernel; None for a dense one
+    multiply_adds: int | None = None  # of a forward pass, all calls; None where unknown
+    dense_multiply_adds: int | None = None
+
+    @property
+    def compression(self) -> float:
+        """``1 - c / f``; see :class:`Total`."""
+        return Total(self.parameters, self.dense_parameters).compression
+
+
+class Summary(NamedTuple):
+    """A network's layers and their sums; ``print(summary)`` shows the table."""
+
+    layers: tuple[LayerSummary, ...]  # with an example in the order of their first call, else in that of the tree
+    weights: Total  # all parameters: kernels, biases, normalizations
+    kernels: Total
+    convolutions: Total  # kernels of (transposed) convolutions alone, the paper's c.r.
+    multiply_adds: Total | None  # of the layers whose work is known; None without an example input
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as dicts, lists and numbers, with the compression rates worked out.
+
+        Example:
+          >>> import json, jax.numpy as jnp
+          >>> summary = summarize_params({"last": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}})
+          >>> json.loads(json.dumps(summary.to_json()))["weights"]
+          {'stored': 15, 'dense': 15, 'compression': 0.0}
+        """
+        layers = [{**_as_lists(layer._asdict()), "compression": layer.compression} for layer in self.layers]
+        totals = {
+            name: value and {**value._asdict(), "compression": value.compression}
+            for name, value in self._asdict().items()
+            if name != "layers"
+        }
+        return {"layers": layers, **totals}
+
+    def table(self) -> Table:
+        """The summary as a ``rich`` table; columns that would be empty are left out."""
+        return _table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=200).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def layer_name(path: str) -> str:
+    """The layer that a kernel's path belongs to: ``conv1`` for ``conv1/kernel`` and ``conv1/kernel/value``."""
+    return path.removesuffix("/value").removesuffix("/kernel")
+
+
+def summarize_params(params: Any) -> Summary:
+    """Summarizes a pytree of parameters: every Tucker kernel, and every array of two or more modes named ``kernel``.
+
+    Nothing tells a convolution of no spatial dimension from a linear layer, so matrices are linear and the rest are
+    convolutions; and nothing is known of inputs, so multiply-adds stay unknown.
+
+    Args:
+      params: arrays and kernels in any containers. All leaves count as weights.
+
+    Returns:
+      A :class:`Summary` with the layers in the order of the tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tdlrt_jax.hosvd(jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), rank=(3, 3, 2, 4))
+      >>> summary = summarize_params({"conv": {"kernel": kernel, "bias": jnp.ones(16)}})
+      >>> layer = summary.layers[0]
+      >>> layer.path, layer.rank, layer.parameters, layer.dense_parameters
+      ('conv', (3, 3, 2, 4), 170, 1152)
+    """
+    kernels = kernels_by_layer(params)
+    layers = [
+        summarize_layer(name, "linear" if len(kernel_shape_of(kernel)) == 2 else "convolution", kernel)
+        for name, kernel in kernels.items()
+    ]
+    every = jax.tree.leaves(params, is_leaf=is_tucker)
+    others = sum(map(numbers, every)) - sum(map(numbers, kernels.values()))
+    return total_summary(layers, others, with_work=False)
+
+
+def kernels_by_layer(params: Any) -> dict[str, Any]:
+    """All kernels of :func:`summarize_params`, Tucker or dense, by the name of their layer."""
+    found = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_tucker):
+        full = path_name(path)
+        name = layer_name(full)
+        named_kernel = name != full.removesuffix("/value") or full == "kernel"
+        if is_tucker(node) or (named_kernel and np.ndim(node) >= 2):
+            found[name] = node
+    return found
+
+
+def kernel_shape_of(kernel: Any) -> tuple[int, ...]:
+    """The dense shape of a TuckerTensor or of an array."""
+    return kernel_shape(kernel) if is_tucker(kernel) else tuple(np.shape(kernel))
+
+
+def numbers(kernel: Any) -> int:
+    """How many numbers a leaf holds, a Tucker kernel as if it were dense."""
+    return math.prod(kernel_shape_of(kernel))
+
+
+def summarize_layer(
+    path: str,
+    kind: str,
+    kernel: Any,
+    *,
+    inputs: Sequence[Sequence[int]] | None = None,
+    geometry: Mapping[str, Any] | None = None,
+    plan: str | None = None,
+    device: str | None = None,
+    shared: bool = False,
+) -> LayerSummary:
+    """One layer's numbers.
+
+    Args:
+      path: name of the layer.
+      kind: one of :data:`KINDS`.
+      kernel: a TuckerTensor or an array; arrays without values (``jax.ShapeDtypeStruct``) count at their capacity.
+      inputs: the input's shape ``(batch..., spatial..., in)`` in every call; ``None`` if it is not known.
+      geometry: ``strides``, ``padding`` and so on, as :func:`tdlrt_jax.conv.count_work` takes them; ``None`` if the
+        layer is none whose work can be counted so.
+      plan: the one to count; by default that of :func:`forward_plan`.
+      device: see :func:`forward_plan`.
+      shared: whether the kernel was counted under another path already.
+
+    Returns:
+      A :class:`LayerSummary`.
+    """
+    calls = tuple(tuple(shape) for shape in inputs or ())
+    shape, rank, parameters = kernel_shape_of(kernel), None, numbers(kernel)
+    if is_tucker(kernel):
+        rank = concrete_rank(kernel)
+        parameters = parameter_count(shape, rank, [factor is None for factor in kernel.factors])
+    summary = LayerSummary(
+        path=path,
+        kind=kind,
+        shape=shape,
+        rank=rank,
+        capacity=None if rank is None else capacity(kernel),
+        parameters=0 if shared else parameters,
+        dense_parameters=0 if shared else math.prod(shape),
+        inputs=calls,
+    )
+    if inputs is None or geometry is None:
+        return summary
+    dense = _sum_forward("dense", shape, (None,) * len(shape), calls, geometry)
+    if rank is None:
+        return summary._replace(multiply_adds=dense, dense_multiply_adds=dense)
+    plan = plan or forward_plan(shape, factored_rank(kernel), calls, device=device, **geometry)
+    work = _sum_forward(plan, shape, factored_rank(kernel), calls, geometry)
+    return summary._replace(plan=plan, multiply_adds=work, dense_multiply_adds=dense)
+
+
+def total_summary(layers: Iterable[LayerSummary], other_weights: int, *, with_work: bool) -> Summary:
+    """A :class:`Summary` of layers and ``other_weights`` numbers besides their kernels (biases, normalizations)."""
+    layers = tuple(layers)
+    kernels = total_of(layers)
+    convolutions = total_of(layer for layer in layers if layer.kind != "linear")
+    known = [layer for layer in layers if layer.multiply_adds is not None]
+    work = Total(
+        sum(layer.multiply_adds or 0 for layer in known), sum(layer.dense_multiply_adds or 0 for layer in known)
+    )
+    weights = Total(kernels.stored + other_weights, kernels.dense + other_weights)
+    return Summary(layers, weights, kernels, convolutions, work if with_work else None)
+
+
+def total_of(layers: Iterable[LayerSummary]) -> Total:
+    """The kernels' parameters, added up."""
+    stored, dense = 0, 0
+    for layer in layers:
+        stored, dense = stored + layer.parameters, dense + layer.dense_parameters
+    return Total(stored, dense)
+
+
+def concrete_rank(kernel: TuckerTensor) -> tuple[int, ...]:
+    """The ranks in use as numbers; capacities where the kernel's arrays have no values."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(kernel)):
+        return capacity(kernel)
+    return tuple(np.asarray(active_rank(kernel)).tolist())
+
+
+def factored_rank(kernel: TuckerTensor) -> tuple[int | None, ...]:
+    """The ranks in use, ``None`` for whole modes, as :func:`tdlrt_jax.conv.count_work` takes them."""
+    ranks = concrete_rank(kernel)
+    return tuple(None if factor is None else max(rank, 1) for rank, factor in zip(ranks, kernel.factors))
+
+
+def forward_plan(
+    kernel_shape: Sequence[int],
+    rank: Sequence[int | None],
+    x_shapes: Sequence[Sequence[int]],
+    *,
+    device: str | None = None,
+    **geometry: Any,
+) -> str:
+    """The plan whose forward pass is the cheapest; :func:`tdlrt_jax.conv.choose_plan` weighs a training step instead.
+
+    The kernels are taken as formed: a trained layer forms them once. Otherwise the rules are those of ``choose_plan``:
+    multiply-adds and memory traffic, weighed for the device; no plan with more multiply-adds than the dense kernel; of
+    plans nearly as cheap, the one with the fewest stages.
+
+    Args:
+      kernel_shape: ``(spatial..., in / groups, out)``.
+      rank: one a mode, ``None`` where the mode is whole.
+      x_shapes: the input's shape in every call of the layer; without any, the plan that stores fewest numbers is taken.
+      device: ``"cpu"``, ``"gpu"``, ...; ``jax.default_backend()`` by default.
+      geometry: ``strides``, ``padding``, ``dilation``, ``groups``, ``input_dilation`` as in ``choose_plan``.
+
+    Returns:
+      One of :data:`tdlrt_jax.conv.PLANS`.
+
+    Example:
+      >>> forward_plan((3, 3, 256, 256), (3, 3, 32, 32), [(1, 8, 8, 256)])
+      'factored'
+      >>> forward_plan((3, 3, 256, 256), (3, 3, 250, 250), [(1, 8, 8, 256)])
+      'dense'
+    """
+    groups = geometry.get("groups") or 1
+    if plans.is_depthwise(tuple(kernel_shape), groups):
+        return "dense"
+    if not x_shapes:
+        return min(PLANS, key=lambda plan: (_stored(plan, kernel_shape, rank, groups), sum(streamed_modes(plan))))
+    balance = plans._BALANCE.get(device or jax.default_backend(), plans._ACCELERATOR)
+    work = {plan: [count_work(plan, kernel_shape, rank, shape, **geometry) for shape in x_shapes] for plan in PLANS}
+
+    def predicted(plan: str) -> float:
+        def of(w: Work) -> float:
+            traffic = balance.per_element * w.elements + balance.per_gathered * w.gathered
+            return w.forward + traffic / _PASSES
+
+        return sum(map(of, work[plan]))
+
+    forward = {plan: sum(w.forward for w in work[plan]) for plan in PLANS}
+    candidates = [plan for plan in PLANS if forward[plan] <= forward["dense"]]
+    limit = plans._MARGIN * min(map(predicted, candidates))
+    nearly_as_cheap = [plan for plan in candidates if predicted(plan) <= limit]
+    return min(nearly_as_cheap, key=lambda plan: (sum(streamed_modes(plan)), predicted(plan)))
+
+
+def _stored(plan: str, shape: Sequence[int], rank: Sequence[int | None], groups: int) -> int:
+    """Numbers in the kernels of a plan's stages, formed as ordinary (grouped) convolutions."""
+    *window, n_in, n_out = shape
+    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
+    r_in, r_out = (rank[-2] or n_in) if stream_in else n_in, groups * (rank[-1] or n_out) if stream_out else n_out
+    ends = (n_in * groups * r_in if stream_in else 0) + (n_out * (rank[-1] or n_out) if stream_out else 0)
+    return math.prod(window) * r_in * r_out + ends
+
+
+def _sum_forward(
+    plan: str,
+    shape: Sequence[int],
+    rank: Sequence[int | None],
+    calls: Iterable[Sequence[int]],
+    geometry: Mapping[str, Any],
+) -> int:
+    return sum(count_work(plan, shape, rank, call, **geometry).forward for call in calls)
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_lists(entry) for key, entry in value.items()}
+    return [_as_lists(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+def _table(summary: Summary) -> Table:
+    from rich.table import Table
+
+    layers, work = summary.layers, summary.multiply_adds
+    padded = any(layer.capacity != layer.rank for layer in layers)
+    table = Table(
+        title="Kernels, modes as (spatial..., in, out); biases count in the last line only", title_justify="left"
+    )
+    table.add_column("layer", no_wrap=True)
+    headers = ["kernel", "rank", *(["capacity"] if padded else []), "dense", "stored", "compression"]
+    headers += ["input", "plan", "dense mult-adds", "mult-adds"] if work else []
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=header not in ("input",))
+
+    def row(name: str, total: Total, cells: Sequence[str] = (), ends: Sequence[str] = ()) -> None:
+        blanks = [""] * ((3 if padded else 2) - len(cells))
+        numbers = [f"{total.dense:,}", f"{total.stored:,}", f"{total.compression:.1%}"]
+        table.add_row(name, *cells, *blanks, *numbers, *ends)
+
+    for layer in layers:
+        cells = [_product(layer.shape), "dense" if layer.rank is None else _product(layer.rank)]
+        if padded:
+            cells.append("" if layer.capacity is None else _product(layer.capacity))
+        called = dict.fromkeys(map(_product, layer.inputs))  # every shape once, in order
+        times = f" ({len(layer.inputs)} calls)" if len(layer.inputs) > 1 else ""
+        ends = [", ".join(called) + times, layer.plan or "", _short(layer.dense_multiply_adds)]
+        ends.append(_short(layer.multiply_adds))
+        row(layer.path, Total(layer.parameters, layer.dense_parameters), cells, ends if work else ())
+    table.add_section()
+    row("convolutions", summary.convolutions)
+    row("all kernels", summary.kernels)
+    row("all weights", summary.weights, (), ["", "", _short(work.dense), _short(work.stored)] if work else ())
+    return table
+
+
+def _product(numbers: Iterable[int]) -> str:
+    return "×".join(map(str, numbers))
+
+
+def _short(number: int | None) -> str:
+    """Three digits and a unit: ``1.23 M``."""
+    if number is None:
+        return "?"
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

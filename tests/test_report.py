@@ -1,0 +1,152 @@
+"""Numbers of layers and networks against numbers worked out by hand; the forward plan; the table."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tdlrt_jax
+from tdlrt_jax import report
+from tdlrt_jax.conv import PLANS, count_work
+from tests.helpers import random_kernel
+
+GEOMETRY = {"strides": 2, "padding": "VALID"}
+
+
+@pytest.fixture
+def kernel(rng):
+    """Shape (3, 3, 4, 8), ranks (3, 2, 2, 5), arrays one larger where they can be."""
+    return random_kernel(rng, (3, 3, 4, 8), (3, 2, 2, 5), (3, 3, 3, 6), jnp.float32)
+
+
+def test_a_tree_of_parameters(kernel, rng):
+    params = {
+        "conv": {"kernel": kernel, "bias": jnp.ones(8)},
+        "blocks": [{"kernel": jnp.ones((20, 10))}, {"scale": jnp.ones(6)}],
+        "tucker under any name": random_kernel(rng, (6, 7), (2, 2), dtype=jnp.float32),
+    }
+    summary = report.summarize_params(params)
+    block, conv, other = summary.layers
+    assert conv == report.LayerSummary(
+        path="conv",
+        kind="convolution",
+        shape=(3, 3, 4, 8),
+        rank=(3, 2, 2, 5),
+        capacity=(3, 3, 3, 6),
+        parameters=60 + 9 + 6 + 8 + 40,
+        dense_parameters=288,
+    )
+    assert (block.path, block.kind, block.rank, block.capacity) == ("blocks/0", "linear", None, None)
+    assert other.kind == "linear" and other.parameters == 4 + 12 + 14
+    assert conv.compression == pytest.approx(1 - 123 / 288)
+    assert summary.kernels == (200 + 123 + 30, 200 + 288 + 42)
+    assert summary.convolutions == (123, 288) and summary.convolutions.compression == conv.compression
+    assert summary.weights == (353 + 8 + 6, 530 + 8 + 6)
+    assert summary.multiply_adds is None
+
+
+def test_one_kernel_and_nothing_at_all(kernel):
+    (layer,) = report.summarize_params(kernel).layers
+    assert layer.parameters == 123
+    empty = report.summarize_params({})
+    assert empty.layers == () and empty.weights == (0, 0) and empty.kernels.compression == 0
+
+
+def test_whole_modes_cost_no_factor_and_arrays_without_values_count_at_their_capacity(kernel, rng):
+    whole = random_kernel(rng, (3, 3, 4, 8), (None, None, 2, 5), dtype=jnp.float32)
+    assert report.summarize_layer("a", "convolution", whole).parameters == 90 + 8 + 40
+    abstract = jax.eval_shape(lambda k: k, kernel)
+    layer = report.summarize_layer("a", "convolution", abstract)
+    assert layer.rank == layer.capacity == (3, 3, 3, 6) and layer.parameters == 162 + 9 + 9 + 12 + 48
+
+
+def test_multiply_adds_are_those_of_the_forward_pass(kernel):
+    calls = [(2, 9, 9, 4), (2, 7, 7, 4)]  # to 4x4 and 3x3 pixels
+
+    def summary(plan):
+        return report.summarize_layer("a", "convolution", kernel, inputs=calls, geometry=GEOMETRY, plan=plan)
+
+    before, after = 2 * (81 + 49), 2 * (16 + 9)
+    dense = after * 9 * 4 * 8
+    expected = {
+        "dense": dense,
+        "factored": before * 4 * 2 + after * 9 * 2 * 5 + after * 5 * 8,
+        "merge_in": after * 9 * 4 * 5 + after * 5 * 8,
+        "merge_out": before * 4 * 2 + after * 9 * 2 * 8,
+    }
+    for plan, work in expected.items():
+        layer = summary(plan)
+        assert (layer.plan, layer.multiply_adds, layer.dense_multiply_adds) == (plan, work, dense)
+        assert layer.inputs == tuple(calls)
+    array = report.summarize_layer("a", "convolution", tdlrt_jax.to_dense(kernel), inputs=calls[:1], geometry=GEOMETRY)
+    assert array.plan is None and array.multiply_adds == array.dense_multiply_adds == 2 * 16 * 9 * 32
+    unknown = report.summarize_layer("a", "convolution", kernel, inputs=calls)
+    assert unknown.multiply_adds is None and unknown.inputs == tuple(calls)
+
+
+def test_a_kernel_used_by_two_layers_is_stored_once(kernel):
+    layers = [report.summarize_layer(path, "convolution", kernel, shared=path == "b") for path in "ab"]
+    assert [layer.parameters for layer in layers] == [123, 0]
+    assert report.total_summary(layers, 0, with_work=False).weights == (123, 288)
+
+
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("image", [1, 4, 16])
+def test_the_forward_plan_never_takes_more_work_than_dense(channels, image):
+    shape, x = (3, 3, channels, channels), [(2, image, image, channels)]
+    for r_in, r_out in itertools.product((1, channels // 4, channels - 1, None), repeat=2):
+        rank = (3, 3, r_in, r_out)
+        plan = report.forward_plan(shape, rank, x, device="gpu")
+        work = {name: count_work(name, shape, rank, x[0]).forward for name in PLANS}
+        assert work[plan] <= work["dense"]
+        if r_in is None:
+            assert plan in ("dense", "merge_in")
+
+
+def test_the_forward_plan_where_it_is_known():
+    plan = report.forward_plan
+    assert plan((3, 3, 64, 64), (3, 3, 8, 8), [(1, 16, 16, 64)], device="cpu") == "factored"
+    assert plan((3, 3, 64, 64), (3, 3, 60, 60), [(1, 16, 16, 64)], device="cpu") == "dense"
+    assert plan((3, 3, 64, 64), (3, 3, 60, 8), [(1, 16, 16, 64)], device="cpu") == "merge_in"
+    assert plan((64, 64), (4, 4), [(1, 64)], device="cpu") in ("merge_in", "merge_out"), "two stages beat three"
+    assert plan((3, 3, 1, 64), (3, 3, 1, 8), [(1, 16, 16, 64)], groups=64) == "dense"
+    # Without any call, what stores the fewest numbers: 9 8 8 + 2 64 8, 9 64 8 + 64 8, 9 64 64.
+    assert plan((3, 3, 64, 64), (3, 3, 8, 8), []) == "factored"
+    assert plan((3, 3, 64, 64), (3, 3, 64, 64), []) == "dense"
+    assert plan((64, 64), (60, 60), []) == "dense"
+
+
+def test_as_json_and_as_a_table(kernel, rng):
+    layers = [
+        report.summarize_layer("blocks/0/conv", "convolution", kernel, inputs=[(1, 9, 9, 4)] * 2, geometry=GEOMETRY),
+        report.summarize_layer("last", "linear", jnp.ones((8, 3)), inputs=[(1, 8)], geometry={}),
+        report.summarize_layer("odd", "linear", jnp.ones((2, 2)), inputs=[(1, 2)]),
+    ]
+    summary = report.total_summary(layers, 11, with_work=True)
+    data = json.loads(json.dumps(summary.to_json()))
+    assert data["layers"][0]["rank"] == [3, 2, 2, 5] and data["layers"][0]["inputs"] == [[1, 9, 9, 4]] * 2
+    assert data["layers"][0]["compression"] == layers[0].compression
+    assert data["kernels"] == {"stored": 151, "dense": 316, "compression": pytest.approx(1 - 151 / 316)}
+    assert data["multiply_adds"]["dense"] == 2 * 16 * 9 * 32 + 24
+    text = str(summary)
+    (line,) = [line for line in text.splitlines() if "blocks/0/conv" in line]
+    for words in (
+        "3×3×4×8",
+        "3×2×2×5",
+        "3×3×3×6",
+        "288",
+        "123",
+        "57.3%",
+        "1×9×9×4 (2 calls)",
+        layers[0].plan,
+        "9.22 k",
+    ):
+        assert words in line, words
+    assert "?" in next(line for line in text.splitlines() if "odd" in line), "work that is not known is not zero"
+    for words in ("convolutions", "all kernels", "52.2%", "all weights"):
+        assert words in text
+    plain = str(report.summarize_params({"last": {"kernel": np.ones((8, 3))}}))
+    assert "capacity" not in plain and "plan" not in plain
