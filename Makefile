@@ -9,7 +9,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 
-.PHONY: help setup train test lint format types clean
+.PHONY: help setup train show onnx test lint format types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,12 @@ setup: $(STAMP) ## create .venv and install the project with its development too
 
 train: $(STAMP) ## train a network; ARGS="--epochs 3" passes options, ARGS=--help lists them
 	$(BIN)/python -m experiments.train $(ARGS)
+
+show: $(STAMP) ## tables and plots of runs; ARGS="runs/NAME experiments/results/..."
+	$(BIN)/python -m experiments.show $(ARGS)
+
+onnx: ## check ONNX exports in an environment of their own (.venv-onnx)
+	PYTHON="$(PYTHON)" scripts/onnx_check
 
 test: $(STAMP) ## run the tests; ARGS="-k data" passes options to pytest
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ import tdlrt_jax
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.data import Dataset
 from tdlrt_jax import models
+from tdlrt_jax.conv import conv_general_dilated
+from tdlrt_jax.initialization import Rank
 from tdlrt_jax.nn import TuckerConv, TuckerLinear
 
 __all__ = ["build_model", "build_optimizer", "learning_rate"]
 
-_MODELS = {"lenet5": models.LeNet5}
+_MODELS = {"lenet5": models.LeNet5, "alexnet": models.AlexNet, "vgg16": models.VGG16, "resnet18": models.ResNet18}
 
 
 def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
@@ -28,12 +31,15 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
       ValueError: if the images do not suit the network.
     """
     height, width, channels = dataset.train.images.shape[1:]
-    layers: dict[str, Any] = {}
+    # The same fast convolution for small images that Tucker layers have: a dense network is to be a fair match.
+    layers: dict[str, Any] = {"conv": functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)}
     if config.method == "tdlrt":
-        options: dict[str, Any] = {"rank": config.rank, "initialization": config.initialization}
-        layers["conv"] = functools.partial(TuckerConv, **options)
-        if config.linear:
-            layers["linear"] = functools.partial(TuckerLinear, **options)
+        layers["conv"] = functools.partial(_tucker_conv, config)
+    if config.model == "lenet5":
+        if config.method == "tdlrt" and config.linear:
+            layers["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
+    else:
+        layers["width"] = config.width
 
     # Jitted as a whole: drawing the kernels operation by operation would compile each of them.
     @nnx.jit
@@ -47,6 +53,17 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
         )
 
     return build()
+
+
+def _tucker_conv(
+    config: ModelConfig, channels: int, filters: int, kernel_size: Sequence[int], **options: Any
+) -> TuckerConv:
+    rank: Rank = config.rank
+    if config.spatial == "whole":
+        sizes = (channels, filters)
+        entries = [config.rank if isinstance(config.rank, float) else min(config.rank, n) for n in sizes]
+        rank = (*[None] * len(kernel_size), *entries)
+    return TuckerConv(channels, filters, kernel_size, rank=rank, initialization=config.initialization, **options)
 
 
 def build_optimizer(
@@ -74,7 +91,7 @@ def build_optimizer(
         parts.append(plateau)
     return tdlrt_jax.tdlrt(
         optax.chain(*parts),
-        tolerance=tdlrt.tau,
+        tolerance=_tolerance(tdlrt, optimizer.epochs, steps_per_epoch),
         integrator=tdlrt.integrator,
         criterion=tdlrt.criterion,
         convention=tdlrt.convention,
@@ -83,7 +100,15 @@ def build_optimizer(
         adapt_every=tdlrt.adapt_every,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,
+        freeze_after=None if tdlrt.freeze_epochs is None else round(tdlrt.freeze_epochs * steps_per_epoch),
     )
+
+
+def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float | tdlrt_jax.Budget:
+    if tdlrt.budget is None:
+        return tdlrt.tau
+    by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
+    return tdlrt_jax.Budget(tdlrt.budget, steps=max(1, round(by * steps_per_epoch)))
 
 
 def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:

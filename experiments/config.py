@@ -71,20 +71,27 @@ class DataConfig:
 class ModelConfig:
     """Model: what learns."""
 
-    model: Literal["lenet5"] = "lenet5"
+    model: Literal["lenet5", "alexnet", "vgg16", "resnet18"] = "lenet5"
     """The network."""
+    width: float = 1.0
+    """Factor of all numbers of filters, for a narrower network (not of lenet5)."""
     method: Literal["tdlrt", "dense"] = "tdlrt"
     """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
     linear: bool = True
     """Hidden linear layers in Tucker format too (as low-rank matrices). The paper compresses convolutions only."""
     rank: int | float = 20
     """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0)."""
+    spatial: Literal["tucker", "whole"] = "tucker"
+    """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
     """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
         _at_least(self, "rank", 0.0, strict=True)
+        _at_least(self, "width", 0.0, strict=True)
+        if self.model == "lenet5" and self.width != 1:
+            raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:
             raise ValueError(f"--rank {self.rank}: expected a fraction up to 1.0 or a whole number")
 
@@ -95,6 +102,12 @@ class TdlrtConfig:
 
     tau: float = 0.2
     """Relative tolerance of the truncation (line 11 of Algorithm 1): larger compresses more."""
+    budget: float | None = None
+    """Compression of all kernels in Tucker format to reach, 0.95 to keep a twentieth; finds tau by itself, which --tau is not."""
+    budget_epochs: float | None = None
+    """Epochs by which --budget is reached. Default: half of all."""
+    freeze_epochs: float | None = None
+    """Epochs after which ranks stay as they are."""
     integrator: Literal["bug", "parallel", "fixed_rank"] = "bug"
     """bug: Algorithm 1. parallel: one gradient a step. fixed_rank: Algorithm 1 without adapting the ranks."""
     criterion: Literal["tail", "each"] = "tail"
@@ -119,7 +132,13 @@ class TdlrtConfig:
         _at_least(self, "tau", 0.0)
         if self.convention != "absolute" and not self.tau < 1:
             raise ValueError(f"--tau {self.tau}: expected a relative tolerance in [0, 1)")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(f"--budget {self.budget}: expected a compression between 0 and 1, such as 0.95")
+        if self.budget is None and self.budget_epochs is not None:
+            raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
+        _at_least(self, "budget_epochs", 0.0, strict=True)
         for name, low in (
+            ("freeze_epochs", 0),
             ("spare", 0),
             ("adapt_every", 1),
             ("warmup", 0),

@@ -53,6 +53,7 @@ class Sums:
     correct: int = 0
     seconds: float = 0.0
     compilations: int = 0
+    compile_seconds: float = 0.0
 
 
 class NotFiniteError(ArithmeticError):
@@ -158,7 +159,8 @@ class _Job:
             self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
         )
         epoch, under_way = jnp.int32(self.epoch), collections.deque[StepReport]()
-        compiled, started = self.programs.compilations, time.monotonic()
+        programs = self.programs
+        compiled, compile_seconds, started = programs.compilations, programs.compile_seconds, time.monotonic()
         try:
             for step in range(self.sums.steps, self.steps_per_epoch):
                 if self.interruption.signal is not None:
@@ -171,7 +173,8 @@ class _Job:
                 self._read(under_way.popleft(), display)
         finally:
             self.sums.seconds += time.monotonic() - started
-            self.sums.compilations += self.programs.compilations - compiled
+            self.sums.compilations += programs.compilations - compiled
+            self.sums.compile_seconds += programs.compile_seconds - compile_seconds
         return self.sums.steps == self.steps_per_epoch
 
     def _read(self, report: StepReport, display: Display) -> None:
@@ -227,10 +230,15 @@ class _Job:
             "cumulative_truncation_error": {
                 layer_name(k): float(v) for k, v in opt_state.cumulative_truncation_error.items()
             },
+            "tolerance": float(opt_state.tolerance),
             "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, opt_state),
             "seconds": self.sums.seconds,
             "evaluation_seconds": time.monotonic() - started,
             "compilations": self.sums.compilations,
+            "compile_seconds": self.sums.compile_seconds,
+            # Of the step just compiled, and of what training keeps on the device between steps.
+            "step_memory": dict(self.programs.memory),
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves((self.state.params, self.state.opt_state))),
         }
         return record
 

@@ -6,6 +6,7 @@ A step makes its batch itself and is dispatched without waiting for the one befo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,14 +43,43 @@ class StepReport(NamedTuple):
 
 
 class Programs:
-    """``train(state, data, order, epoch, step)`` and ``evaluate(state, data)``; ``compilations`` counts those of train."""
+    """``train(state, data, order, epoch, step)`` and ``evaluate(state, data)``.
+
+    ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the programs.
+    """
 
     def __init__(
-        self, train: Callable[..., tuple[TrainState, StepReport]], evaluate: Callable[..., tuple[float, float]]
+        self, step: Callable[..., tuple[TrainState, StepReport]], evaluate: Callable[..., tuple[float, float]]
     ):
-        self.train = train
         self.evaluate = evaluate
         self.compilations = 0
+        self.compile_seconds = 0.0
+        self.memory: dict[str, int] = {}  # bytes of the last compiled step, see _memory
+        self._step = jax.jit(step, donate_argnums=0)
+        self._compiled: dict[Any, Any] = {}
+
+    def train(
+        self, state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
+    ) -> tuple[TrainState, StepReport]:
+        """One step; dispatched, not waited for."""
+        sizes = tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
+        if sizes not in self._compiled:
+            started = time.monotonic()
+            self._compiled[sizes] = self._step.lower(state, data, order, epoch, index).compile()
+            self.compilations += 1
+            self.compile_seconds += time.monotonic() - started
+            self.memory = _memory(self._compiled[sizes])
+        return self._compiled[sizes](state, data, order, epoch, index)
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """Bytes on the device as the compiler plans them: ``peak`` of a step, its arguments (data set included) and temporaries."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return {}
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {"peak": arguments + temporary + new, "arguments": arguments, "temporaries": temporary}
 
 
 def build_programs(
@@ -86,13 +116,13 @@ def build_programs(
     def step(
         state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
     ) -> tuple[TrainState, StepReport]:
-        programs.compilations += 1  # runs when the step is traced, that is once a compilation
         batch = training_batch(data, order, transform, seed, epoch, index)
         params, opt_state, model_state, info = inner(state.params, state.opt_state, state.model_state, *batch)
         finite = jnp.isfinite(info.loss) & (info.status & NONFINITE == 0) & _all_finite(params)
         healthy = state.healthy & finite
         moved = TrainState(params, opt_state, model_state, healthy)
-        kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), moved, state._replace(healthy=healthy))
+        # Not a selection leaf by leaf, see tdlrt_jax.optimizer.
+        kept = jax.lax.cond(healthy, lambda: moved, lambda: state._replace(healthy=healthy))
         return kept, StepReport(info.loss, info.aux, finite, info.status)
 
     @jax.jit
@@ -113,7 +143,7 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(jax.jit(step, donate_argnums=0), evaluate)
+    programs = Programs(step, evaluate)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

@@ -132,6 +132,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} cannot be read: {error}") from None
 
     def _check_same(self, stored: dict[str, Any], given: dict[str, Any], command: str) -> None:
+        stored = {**TrainConfig().to_json(), **stored}  # options younger than the run had their defaults
         names = [name for name in sorted(stored.keys() | given.keys()) if name not in LOCATIONS]
         differing = [name for name in names if stored.get(name) != given.get(name)]
         if differing:

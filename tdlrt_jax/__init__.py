@@ -1,6 +1,7 @@
 """Rank-adaptive training of convolutional networks in Tucker format (TDLRT), in JAX."""
 
 from tdlrt_jax.averaging import average
+from tdlrt_jax.budget import Budget
 from tdlrt_jax.capacity import canonicalize, fit_capacity, resize
 from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.frame import Frame, lift, value_and_grad
@@ -18,6 +19,7 @@ from tdlrt_jax.tucker import (
 )
 
 __all__ = [
+    "Budget",
     "Frame",
     "RankPolicy",
     "StepInfo",
@@ -26,6 +28,7 @@ __all__ = [
     "active_rank",
     "average",
     "canonicalize",
+    "densify",
     "describe_status",
     "fit_capacity",
     "hosvd",
@@ -34,11 +37,30 @@ __all__ = [
     "lift",
     "parameter_count",
     "resize",
+    "summarize",
     "tdlrt",
     "tdlrt_step",
     "to_dense",
+    "to_plain",
     "tucker_conv",
     "tucker_linear",
+    "tuckerize",
     "value_and_grad",
 ]
 __version__ = "0.1.0"
+
+# Those that need flax, which the core does not import.
+_LAZY = {
+    "densify": "tdlrt_jax.nn.convert",
+    "summarize": "tdlrt_jax.nn.summary",
+    "to_plain": "tdlrt_jax.nn.plain",
+    "tuckerize": "tdlrt_jax.nn.convert",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,7 +63,9 @@ class VGG16(nnx.Module):
     ):
         smallest = 2 ** len(STAGES)
         if min(input_shape) < smallest:
-            raise ValueError(f"input_shape={tuple(input_shape)} is too small for VGG16: expected {smallest} pixels or more")
+            raise ValueError(
+                f"input_shape={tuple(input_shape)} is too small for VGG16: expected {smallest} pixels or more"
+            )
         channels, convs, norms = input_channels, [], []
         for filters in (filters for stage in STAGES for filters in stage):
             filters = scaled(filters, width)
