@@ -47,6 +47,7 @@ class Frame(NamedTuple):
     K: Any  # a tuple of ModeArray, (n_i, R_i) each, K_i = U_i S_i; None in a core-only frame
     U: tuple[ModeArray, ...]  # (n_i, R_i) each
     Q: Any  # a tuple of ModeArray, (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal; None likewise
+    tap: Any = None  # a tdlrt_jax.conv.onepass.Tap, which a second gradient at the same network is taken from
 
     def chart_to_dense(self) -> Array:
         """``W(C, K_1..K_d)`` as an ``(n_1, ..., n_d)`` array, differentiable in ``core`` and ``K`` only."""
@@ -171,7 +172,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
 
     def evaluate(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)
-        frames = _lift_nodes(nodes)
+        frames = lift_nodes(nodes)
         points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
 
         def of_points(points: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +187,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
     return evaluate
 
 
-def _lift_nodes(nodes: list[tuple[tuple, Any]]) -> list[Any]:
+def lift_nodes(nodes: list[tuple[tuple, Any]]) -> list[Any]:
     """The nodes of a flattened tree, the kernels among them lifted."""
     positions = [position for position, (_, node) in enumerate(nodes) if is_tucker(node)]
     for position in positions:

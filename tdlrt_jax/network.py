@@ -97,6 +97,8 @@ class NetworkStep(NamedTuple):
             increments = map_batched(embed_step, steps, bases)
         else:
             assert value_and_grad_fn is not None
+            if scheme.same_network:  # a pass through the network may then be spared, see galerkin
+                value_and_grad_fn = getattr(value_and_grad_fn, "at_same_network", value_and_grad_fn)
             nodes, after_last = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
             increments = [update.core for update in self.tree.pick(nodes)]
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from tdlrt_jax import status as flags
 from tdlrt_jax.frame import value_and_grad
+from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.tucker import is_tucker
 
@@ -37,6 +38,7 @@ def tdlrt_step(
     has_state: bool = False,
     accumulate: int = 1,
     donate: bool = True,
+    second_pass: bool = False,
 ) -> Callable[..., Any]:
     """One jitted training step of parameters with Tucker kernels.
 
@@ -49,6 +51,8 @@ def tdlrt_step(
       has_state: a model state (BatchNorm statistics) is threaded through. It moves once a step, from the first evaluation.
       accumulate: split every batch array along its first axis into so many micro-batches; all gradients of the step, the second
         one included, are means over them.
+      second_pass: evaluate the second gradient of ``"bug"`` by a forward and backward pass of its own also where it can be had
+        from the first (see :func:`tdlrt_jax.galerkin.value_and_two_grads`). Costs time; spares keeping all output gradients.
       donate: let the step reuse the buffers of ``params``, ``opt_state`` and ``model_state``, which must not be used afterwards.
 
     Returns:
@@ -84,6 +88,27 @@ def tdlrt_step(
 
     gradient = value_and_grad(with_state, has_aux=True)
 
+    def first_of_two(params: Any, model_state: Any, batch: tuple) -> tuple[tuple, Callable[[Any], Any]]:
+        """The first evaluation, and what the transformation calls for the second."""
+        if accumulate > 1 or second_pass:
+            first = evaluate(params, model_state, batch)
+
+            def again(at: Any) -> tuple[Array, Any]:
+                loss, _, _, grads = evaluate(_fill_masked(at, params), model_state, batch)
+                return loss, grads
+
+            return first, again
+        evaluated, second = value_and_two_grads(with_state, has_aux=True)(params, model_state, *batch)
+        (loss, (new_model_state, aux)), grads = evaluated
+
+        def anew(at: Any) -> tuple[Array, Any]:
+            return _loss_and_grads(second(_fill_masked(at, params)))
+
+        def same(at: Any) -> tuple[Array, Any]:
+            return _loss_and_grads(second.at_same_network(_fill_masked(at, params)))
+
+        return (loss, new_model_state, aux, grads), SecondGradient(anew, same)
+
     def evaluate(params: Any, model_state: Any, batch: tuple) -> tuple[Array, Any, Any, Any]:
         if accumulate == 1:
             (loss, (model_state, aux)), grads = gradient(params, model_state, *batch)
@@ -101,12 +126,7 @@ def tdlrt_step(
         return loss / accumulate, model_state, aux, jax.tree.map(lambda leaf: leaf / accumulate, grads)
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
-        loss, new_model_state, aux, grads = evaluate(params, model_state, batch)
-
-        def value_and_grad_fn(at: Any) -> tuple[Array, Any]:
-            value, _, _, again = evaluate(_fill_masked(at, params), model_state, batch)
-            return value, again
-
+        (loss, new_model_state, aux, grads), value_and_grad_fn = first_of_two(params, model_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss, value_and_grad_fn=value_and_grad_fn)
         states = find_states(opt_state)
         finite = jnp.all(jnp.stack([state.status & flags.NONFINITE == 0 for state in states]))
@@ -129,6 +149,11 @@ def tdlrt_step(
         return params, opt_state, info
 
     return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else ())
+
+
+def _loss_and_grads(evaluated: tuple) -> tuple[Array, Any]:
+    (loss, _), grads = evaluated
+    return loss, grads
 
 
 def find_states(opt_state: Any) -> list[TdlrtState]:

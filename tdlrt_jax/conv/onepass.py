@@ -15,19 +15,22 @@ many as an ordinary factorized layer.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import get_opaque_trace_state
 
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
 
-__all__ = ["Application", "apply_kernel"]
+__all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel"]
 
 
 class Application(NamedTuple):
@@ -38,6 +41,33 @@ class Application(NamedTuple):
     geometry: Geometry
     precision: Any  # of the products with activations
     preferred_element_type: Any  # of the result
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "dy"], meta_fields=["kernel"])
+@dataclass(frozen=True)
+class Tap:
+    """Hands out what a kernel saw: the custom rule gives a tap's input ``x`` and output gradient ``dy`` as its "gradient".
+
+    A tap without arrays is only noted down in :data:`applications`, with the shapes that it needs.
+    """
+
+    kernel: int  # which of the network's kernels
+    x: Any = None  # (N, image..., channels), as apply_kernel is given it
+    dy: Any = None  # (N, image'..., n_out)
+
+
+class Applied(NamedTuple):
+    """One application of a kernel with a tap, as seen while tracing."""
+
+    kernel: int
+    how: Application
+    x: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+    trace: Any  # where: another one than the caller's within jit, scan, remat, vmap
+
+
+# The applications noted down, while someone listens.
+applications: ContextVar[list[Applied] | None] = ContextVar("applications", default=None)
 
 
 def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Array:
@@ -51,12 +81,23 @@ def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Ar
     """
     if isinstance(kernel, Frame):
         if kernel.K is not None:
+            _note(how, x, kernel)
             return _one_pass(how, x, kernel)
         kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
     *_, basis_in, basis_out = kernel.factors
     a = _reduce(how, x, basis_in)
     b = _convolve(how, a, _merge(how, kernel.core, kernel.factors))
     return _expand(how, b, basis_out)
+
+
+def _note(how: Application, x: Array, frame: Frame) -> None:
+    """Notes an application down if someone listens."""
+    noted = applications.get()
+    if noted is not None and frame.tap is not None:
+        y = jax.eval_shape(lambda x: _forward(how, x, frame)[0], x)
+        noted.append(
+            Applied(frame.tap.kernel, how, jax.ShapeDtypeStruct(x.shape, x.dtype), y, get_opaque_trace_state())
+        )
 
 
 # The three stages. Each is bilinear in its two arrays, so jax.linear_transpose gives every line of the backward pass,
@@ -124,7 +165,7 @@ def _one_pass(how: Application, x: Array, frame: Frame) -> Array:
 
 
 def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
-    core, K, U, Q = frame
+    core, K, U, Q, _ = frame
     assert K is not None and Q is not None
     a = _reduce(how, x, U[-2])
     b = _convolve(how, a, _merge(how, _orthonormal(Q[-1], core, how.stream_out), U))
@@ -134,7 +175,9 @@ def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
 
 def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame]:
     x, a, b, frame = residuals
-    core, K, U, Q = frame
+    core, K, U, Q, tap = frame
+    if tap is not None:
+        tap = Tap(tap.kernel, x, dy)  # not a derivative: this is how the two leave the backward pass
     how = how._replace(preferred_element_type=None)
     a = _reduce(how, x, None) if a is None else a
     p = dy = dy.astype(x.dtype)
@@ -163,7 +206,7 @@ def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame
             source, matrices = (inner, spatial) if mode < channels else (dM, merged)
             rest = multi_mode_product(source, matrices, transpose=True, skip=mode)
             dK[mode] = jnp.matmul(unfold(rest, mode), unfold(Q[mode], mode).T, precision=HIGHEST).astype(K[mode].dtype)
-    return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None)  # type: ignore[arg-type]
+    return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None, tap)  # type: ignore[arg-type]
 
 
 _one_pass.defvjp(_forward, _backward)

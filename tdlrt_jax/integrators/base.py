@@ -51,6 +51,7 @@ class Integrator(NamedTuple):
     evaluations: int
     basis_step: Callable[[Augmented, TuckerTensor], Galerkin]  # lines 5-8, from the step of (C, K_i)
     core_step: Callable[[Augmented, Galerkin, Array, Truncation], Moved]  # lines 9-14, from the core's increment
+    same_network: bool  # whether the Galerkin point is the network itself in other bases
 
 
 def orthonormal_factors(bases: tuple[ModeArray, ...], rotations: tuple[ModeArray, ...]) -> tuple[ModeArray, ...]:

@@ -65,4 +65,4 @@ def _outer(valid: list[ModeArray], shape: tuple[int, ...]) -> Array:
     return mask
 
 
-bug = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step)
+bug = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step, same_network=True)

@@ -59,4 +59,4 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
     return Moved(kernel, point.turns, rank, jnp.zeros((), increment.dtype), jnp.zeros(rank.shape, bool))
 
 
-fixed_rank = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step)
+fixed_rank = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step, same_network=False)

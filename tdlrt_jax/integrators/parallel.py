@@ -13,4 +13,4 @@ from tdlrt_jax.integrators.base import Integrator
 __all__ = ["parallel"]
 
 # The core's increment is the embedded step of (C, K_i) instead of a second gradient; augmentation and truncation are shared.
-parallel = Integrator(evaluations=1, basis_step=bug.basis_step, core_step=bug.core_step)
+parallel = Integrator(evaluations=1, basis_step=bug.basis_step, core_step=bug.core_step, same_network=True)

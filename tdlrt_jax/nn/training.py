@@ -14,6 +14,7 @@ import tdlrt_jax.frame
 import tdlrt_jax.optimizer
 from tdlrt_jax import status as flags
 from tdlrt_jax.frame import is_kernel
+from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.step import StepInfo, find_states
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
@@ -92,6 +93,22 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
         return ((value, aux) if has_aux else value), parts.rewrap(grads)
 
     return evaluate
+
+
+def _value_and_two_grads(
+    loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, model: Any, *args: Any
+) -> tuple[tuple[Any, Any], SecondGradient]:
+    """:func:`value_and_grad` of a model, and what the optimizer calls for the second gradient."""
+    parts = _functional(loss_fn, model, wrt, has_aux)
+    ((value, (rest, aux)), grads), second = value_and_two_grads(parts.loss, has_aux=True)(parts.params, *args)
+    nnx.update(model, rest)
+
+    def plain(evaluated: Any) -> tuple[Any, Any]:
+        (value, _), grads = evaluated
+        return value, grads
+
+    again = SecondGradient(lambda at: plain(second(at)), lambda at: plain(second.at_same_network(at)))
+    return ((value, aux), parts.rewrap(grads)), again
 
 
 def value_and_grad_fn(
@@ -205,9 +222,7 @@ def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callabl
     def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
         wrt = optimizer.wrt
         rest = nnx.as_pure(_split(model, wrt)[2])
-        again = value_and_grad_fn(loss_fn, has_aux, wrt=wrt)(model, *batch)
-        out, grads = value_and_grad(loss_fn, has_aux, wrt=wrt)(model, *batch)
-        loss, aux = out if has_aux else (out, None)
+        ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
         optimizer.update(model, grads, value=loss, value_and_grad_fn=again)
 
         states = find_states(nnx.as_pure(optimizer.opt_state))

@@ -1,0 +1,142 @@
+"""The gradient of the augmented core (line 9 of Algorithm 1) out of the first forward and backward pass.
+
+The augmented bases ``[U | Ũ]`` leave the network as it is (line 8), so the second gradient of ``bug`` is one at the same network:
+``dC̃ = ∇_W L ×_j [U_j | Ũ_j]^T``. It needs no second pass through the network, only what every kernel saw in the first: its
+layer's input ``Z`` and output gradient ``dY``, for ``dC̃ = corr(Z Ũ_in, dY Ũ_out)`` with the spatial modes contracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import get_opaque_trace_state
+
+from tdlrt_jax.conv.onepass import Applied, Tap, applications, apply_kernel
+from tdlrt_jax.conv.plans import plan_for, streamed_modes
+from tdlrt_jax.frame import Frame, chart_point, is_kernel, lift_nodes, value_and_grad, with_point
+from tdlrt_jax.tucker import kernel_shape
+
+__all__ = ["SecondGradient", "core_gradient", "value_and_two_grads"]
+
+
+class SecondGradient:
+    """What :func:`tdlrt_jax.tdlrt` is given as ``value_and_grad_fn``: the gradient at other bases, for the same batch.
+
+    Called, it evaluates anew, at any parameters. ``at_same_network`` takes parameters that give the same network, and needs no
+    pass through it where the first evaluation could keep what is needed.
+    """
+
+    def __init__(self, anew: Callable[[Any], Any], same: Callable[[Any], Any] | None = None):
+        self._anew = anew
+        self.at_same_network = anew if same is None else same
+
+    def __call__(self, params: Any) -> Any:
+        """``(value, grads)`` at the given parameters, from a pass of its own."""
+        return self._anew(params)
+
+
+def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """:func:`tdlrt_jax.value_and_grad`, and the second gradient that ``bug`` asks for, without a second pass where possible.
+
+    Possible if every Tucker kernel is used once, by :func:`tdlrt_jax.tucker_conv` or ``tucker_linear``, and not within a
+    transformation of the loss's own (jit, scan, remat, vmap); else the second gradient is evaluated anew. Keeping the output
+    gradients of all Tucker layers until then is its price in memory.
+
+    Args:
+      loss_fn, has_aux: as in :func:`tdlrt_jax.value_and_grad`.
+
+    Returns:
+      ``f(params, *args) -> ((value, grads), second)``, ``second`` a :class:`SecondGradient`; ``second(at)`` and
+      ``second.at_same_network(at)`` give ``(value, grads)`` for core-only frames in the place of the kernels.
+
+    Source: Algorithm 1, lines 8 and 9.
+    """
+
+    def evaluate(params: Any, *args: Any) -> tuple[tuple[Any, Any], SecondGradient]:
+        def anew(at: Any) -> tuple[Any, Any]:
+            return value_and_grad(loss_fn, has_aux)(at, *args)
+
+        nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)
+        frames = lift_nodes(nodes)
+        points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
+        kernels = [position for position, node in enumerate(frames) if isinstance(node, Frame)]
+
+        def loss(points: list[Any], taps: dict[int, Tap]) -> Any:
+            lifted = [
+                with_point(frame, point)._replace(tap=taps[position]) if position in taps else point
+                for position, (frame, point) in enumerate(zip(frames, points))
+            ]
+            return loss_fn(jax.tree.unflatten(treedef, lifted), *args)
+
+        applied = _applications(loss, points, kernels)
+        if applied is None:
+            return anew(params), SecondGradient(anew)
+        taps = {
+            position: Tap(position, jnp.zeros(at.x.shape, at.x.dtype), jnp.zeros(at.y.shape, at.y.dtype))
+            for position, at in applied.items()
+        }
+        value, (grads, seen) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(points, taps)
+
+        def same(at: Any) -> tuple[Any, Any]:
+            there = jax.tree.leaves(at, is_leaf=is_kernel)
+            gradients = [
+                core_gradient(node, applied[position], seen[position]) if isinstance(node, Frame) else grads[position]
+                for position, node in enumerate(there)
+            ]
+            return value, jax.tree.unflatten(treedef, gradients)
+
+        return (value, jax.tree.unflatten(treedef, grads)), SecondGradient(anew, same)
+
+    return evaluate
+
+
+def core_gradient(frame: Frame, applied: Applied, tap: Tap) -> Any:
+    """``dC̃`` at a core-only frame, from the input and the output gradient that the kernel saw.
+
+    Args:
+      frame: the bases ``[U_j | Ũ_j]``.
+      applied: how the kernel was applied.
+      tap: ``x`` and ``dy``.
+
+    Returns:
+      ``TuckerTensor(dC̃, (None, ...))``.
+    """
+    shape = kernel_shape(frame)
+    rank = tuple(None if u is None else size for u, size in zip(frame.U, frame.core.shape))
+    geometry = applied.how.geometry
+    plan = plan_for(shape, rank, applied.x.shape[0], applied.x.shape[1:-1], geometry)
+    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
+    how = applied.how._replace(stream_in=stream_in, stream_out=stream_out)
+
+    def output(core: Array) -> Array:  # linear in the core, so its transpose needs no forward pass
+        return apply_kernel(how, tap.x, Frame(core, None, frame.U, None))
+
+    (dcore,) = jax.linear_transpose(output, frame.core)(tap.dy)
+    return chart_point(Frame(dcore, None, frame.U, None))
+
+
+def _applications(
+    loss: Callable[[list[Any], dict[int, Tap]], Any], points: list[Any], kernels: Sequence[int]
+) -> dict[int, Applied] | None:
+    """How each kernel is applied, found by tracing the loss without computing it; None unless each is exactly once."""
+    if not kernels:
+        return None
+    noted: list[Applied] = []
+    outside: list[Any] = []
+
+    def listen(points: list[Any]) -> Any:
+        outside.append(get_opaque_trace_state())
+        return loss(points, {position: Tap(position) for position in kernels})
+
+    token = applications.set(noted)
+    try:
+        jax.eval_shape(listen, points)
+    finally:
+        applications.reset(token)
+    if sorted(at.kernel for at in noted) != list(kernels) or any(at.trace != outside[0] for at in noted):
+        return None
+    return {at.kernel: at for at in noted}
