@@ -42,16 +42,44 @@ def rows(directory: Path) -> list[dict[str, Any]]:
         table.append(
             {
                 "method": options["integrator"] if options["method"] == "tdlrt" else "dense",
-                "tau": options["tau"] if options["method"] == "tdlrt" else None,
+                "tau": _asked(options),
                 "epochs": options["epochs"],
                 "seeds": sorted(result["seed"] for result in results),
                 "accuracy": _mean_and_deviation([100 * final["test_accuracy"] for final in finals]),
                 "all": _mean_and_deviation([100 * final["compression_all"] for final in finals]),
                 "convolutions": _mean_and_deviation([100 * final["compression_conv"] for final in finals]),
                 "hardware": results[0]["hardware"],
+                **_costs(results),
             }
         )
-    return sorted(table, key=lambda row: (row["method"], row["tau"] or 0))
+    return sorted(table, key=lambda row: (row["method"], str(row["tau"])))
+
+
+def _asked(options: dict[str, Any]) -> float | str | None:
+    """The tolerance or the budget of a run; None for a dense one."""
+    if options["method"] != "tdlrt":
+        return None
+    return options["tau"] if options.get("budget") is None else f"budget {options['budget']:.0%}"
+
+
+def _costs(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Time and memory, of results that record them: a step's median over the epochs, without compiling; MiB at the end."""
+    if not all("step_memory" in record for result in results for record in result["epochs"]):
+        return {}
+    seconds, peaks, states = [], [], []
+    for result in results:
+        steps = result["images"]["train"] // result["options"]["batch_size"]
+        epochs = result["epochs"]
+        seconds.append(statistics.median((r["seconds"] - r["compile_seconds"]) / steps for r in epochs))
+        memory, state = epochs[-1]["step_memory"], epochs[-1]["state_bytes"]
+        # The step's arguments hold the whole data set beside the state; it is the same for all methods and left out.
+        peaks.append(memory["peak"] - memory["arguments"] + state)
+        states.append(state)
+    return {
+        "seconds": statistics.median(seconds),
+        "peak": statistics.median(peaks) / 2**20,
+        "state": statistics.median(states) / 2**20,
+    }
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -60,10 +88,11 @@ def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 def markdown(table: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| method | τ | epochs | seeds | test accuracy [%] | compression, all weights [%] | convolutions [%] |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["method", "τ", "epochs", "seeds", "test accuracy [%]", "compression, all weights [%]", "convolutions [%]"]
+    costs = all("seconds" in row for row in table)
+    if costs:
+        header += ["s / step", "peak of a step [MiB]", "parameters and optimizer [MiB]"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in table:
         cells = [
             row["method"],
@@ -73,6 +102,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
         ]
         cells += [f"{row['accuracy'][0]:.2f} ± {row['accuracy'][1]:.2f}"]
         cells += [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" for name in ("all", "convolutions")]
+        if costs:
+            cells += [f"{row['seconds']:.3f}", f"{row['peak']:.0f}", f"{row['state']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -8,9 +8,11 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     namespace = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
-    assert namespace["info"].rank["w"].shape == (2,)
+    assert namespace["params"]["w"].core.shape == namespace["capacity"]["w"]
     assert float(namespace["value"]) > 0
+    assert 0.79 < namespace["summary"].convolutions.compression < 0.82
+    assert namespace["program"](namespace["images"]).shape == (16, 10)
