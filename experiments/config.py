@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TdlrtConfig", "TrainConfig"]
+__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TdlrtConfig", "TrainConfig", "from_json"]
 
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
 
@@ -217,6 +217,23 @@ class TrainConfig:
             for option, value in dataclasses.asdict(getattr(self, section.name)).items():
                 flat[option] = str(value) if isinstance(value, Path) else value
         return flat
+
+
+def from_json(options: dict[str, Any]) -> TrainConfig:
+    """The options that :meth:`TrainConfig.to_json` gave; those it does not name have their defaults.
+
+    Raises:
+      ValueError: for a value that cannot be.
+    """
+    sections = {}
+    for section in dataclasses.fields(TrainConfig):
+        kind: Any = section.default_factory  # the section's class
+        values = {option.name: options[option.name] for option in dataclasses.fields(kind) if option.name in options}
+        for name in ("data_dir", "cache_dir", "run_dir"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        sections[section.name] = kind(**values)
+    return TrainConfig(**sections)
 
 
 # Options that say where things are, not what is computed: they may differ when a run is continued.
