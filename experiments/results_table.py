@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown", "rows"]
+__all__ = ["asked", "markdown", "rows"]
 
 # What may differ between the runs of one row.
 RUN_ONLY = ("seed", "run_dir", "resume", "data_dir", "cache_dir")
@@ -42,7 +42,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
         table.append(
             {
                 "method": options["integrator"] if options["method"] == "tdlrt" else "dense",
-                "tau": _asked(options),
+                "tau": asked(options),
                 "epochs": options["epochs"],
                 "seeds": sorted(result["seed"] for result in results),
                 "accuracy": _mean_and_deviation([100 * final["test_accuracy"] for final in finals]),
@@ -55,11 +55,11 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return sorted(table, key=lambda row: (row["method"], str(row["tau"])))
 
 
-def _asked(options: dict[str, Any]) -> float | str | None:
+def asked(options: dict[str, Any]) -> float | str | None:
     """The tolerance or the budget of a run; None for a dense one."""
-    if options["method"] != "tdlrt":
+    if options.get("method") != "tdlrt":
         return None
-    return options["tau"] if options.get("budget") is None else f"budget {options['budget']:.0%}"
+    return options.get("tau") if options.get("budget") is None else f"budget {options['budget']:.0%}"
 
 
 def _costs(results: list[dict[str, Any]]) -> dict[str, Any]:

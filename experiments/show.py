@@ -20,6 +20,7 @@ from rich.table import Table
 from experiments import plots
 from experiments.display import history_table, layer_table, rank_table
 from experiments.metrics import Layer, totals
+from experiments.results_table import asked
 from experiments.run_directory import RunDirectory, RunDirectoryError
 
 __all__ = ["Run", "comparison_table", "load", "main", "show"]
@@ -238,7 +239,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         cells = [
             options.get("model"),
             options.get("integrator") if adaptive else options.get("method"),
-            options.get("tau") if adaptive else None,
+            asked(options),
             options.get("seed"),
             f"{len(run.history)}/{options.get('epochs', '?')}",
             _percent(last.get("test_accuracy"), 2),
@@ -270,8 +271,9 @@ def _describe(options: Mapping[str, Any]) -> str:
     if not options:
         return "options are not known"
     adaptive = options.get("method") == "tdlrt"
-    names = ["integrator", "tau", "spare", "criterion", "rank", "max_rank"] if adaptive else []
-    names += ["optimizer", "learning_rate", "batch_size", "epochs", "seed"]
+    threshold = "tau" if options.get("budget") is None else "budget"
+    names = ["integrator", threshold, "spare", "criterion", "rank", "max_rank"] if adaptive else []
+    names += ["width", "optimizer", "learning_rate", "batch_size", "epochs", "seed"]
     words = [f"{name} {options[name]}" for name in names if options.get(name) is not None]
     start = f"{options.get('model', '?')} ({options.get('method', '?')}) on {options.get('dataset', '?')}"
     return f"{start}: {', '.join(words)}"
