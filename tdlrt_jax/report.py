@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from tdlrt_jax.conv import plans
-from tdlrt_jax.conv.plans import PLANS, Work, count_work, streamed_modes
+from tdlrt_jax.conv.plans import count_work, forward_plan
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import TuckerTensor, active_rank, capacity, is_tucker, kernel_shape, parameter_count
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerSummary", "Summary", "Total", "forward_plan", "layer_name", "summarize_layer", "summarize_params"]
+__all__ = ["LayerSummary", "Summary", "Total", "layer_name", "summarize_layer", "summarize_params"]
 
 KINDS = ("convolution", "transposed convolution", "linear")
-_PASSES = 3  # a Work counts the memory traffic of a training step as that of three forward passes
 
 
 class Total(NamedTuple):
@@ -176,8 +174,8 @@ def summarize_layer(
       inputs: the input's shape ``(batch..., spatial..., in)`` in every call; ``None`` if it is not known.
       geometry: ``strides``, ``padding`` and so on, as :func:`tdlrt_jax.conv.count_work` takes them; ``None`` if the
         layer is none whose work can be counted so.
-      plan: the one to count; by default that of :func:`forward_plan`.
-      device: see :func:`forward_plan`.
+      plan: the one to count; by default that of :func:`tdlrt_jax.conv.forward_plan`.
+      device: see :func:`tdlrt_jax.conv.forward_plan`.
       shared: whether the kernel was counted under another path already.
 
     Returns:
@@ -240,67 +238,6 @@ def factored_rank(kernel: TuckerTensor) -> tuple[int | None, ...]:
     """The ranks in use, ``None`` for whole modes, as :func:`tdlrt_jax.conv.count_work` takes them."""
     ranks = concrete_rank(kernel)
     return tuple(None if factor is None else max(rank, 1) for rank, factor in zip(ranks, kernel.factors))
-
-
-def forward_plan(
-    kernel_shape: Sequence[int],
-    rank: Sequence[int | None],
-    x_shapes: Sequence[Sequence[int]],
-    *,
-    device: str | None = None,
-    **geometry: Any,
-) -> str:
-    """The plan whose forward pass is the cheapest; :func:`tdlrt_jax.conv.choose_plan` weighs a training step instead.
-
-    The kernels are taken as formed: a trained layer forms them once. Otherwise the rules are those of ``choose_plan``:
-    multiply-adds and memory traffic, weighed for the device; no plan with more multiply-adds than the dense kernel; of
-    plans nearly as cheap, the one with the fewest stages.
-
-    Args:
-      kernel_shape: ``(spatial..., in / groups, out)``.
-      rank: one a mode, ``None`` where the mode is whole.
-      x_shapes: the input's shape in every call of the layer; without any, the plan that stores fewest numbers is taken.
-      device: ``"cpu"``, ``"gpu"``, ...; ``jax.default_backend()`` by default.
-      geometry: ``strides``, ``padding``, ``dilation``, ``groups``, ``input_dilation`` as in ``choose_plan``.
-
-    Returns:
-      One of :data:`tdlrt_jax.conv.PLANS`.
-
-    Example:
-      >>> forward_plan((3, 3, 256, 256), (3, 3, 32, 32), [(1, 8, 8, 256)])
-      'factored'
-      >>> forward_plan((3, 3, 256, 256), (3, 3, 250, 250), [(1, 8, 8, 256)])
-      'dense'
-    """
-    groups = geometry.get("groups") or 1
-    if plans.is_depthwise(tuple(kernel_shape), groups):
-        return "dense"
-    if not x_shapes:
-        return min(PLANS, key=lambda plan: (_stored(plan, kernel_shape, rank, groups), sum(streamed_modes(plan))))
-    balance = plans._BALANCE.get(device or jax.default_backend(), plans._ACCELERATOR)
-    work = {plan: [count_work(plan, kernel_shape, rank, shape, **geometry) for shape in x_shapes] for plan in PLANS}
-
-    def predicted(plan: str) -> float:
-        def of(w: Work) -> float:
-            traffic = balance.per_element * w.elements + balance.per_gathered * w.gathered
-            return w.forward + traffic / _PASSES
-
-        return sum(map(of, work[plan]))
-
-    forward = {plan: sum(w.forward for w in work[plan]) for plan in PLANS}
-    candidates = [plan for plan in PLANS if forward[plan] <= forward["dense"]]
-    limit = plans._MARGIN * min(map(predicted, candidates))
-    nearly_as_cheap = [plan for plan in candidates if predicted(plan) <= limit]
-    return min(nearly_as_cheap, key=lambda plan: (sum(streamed_modes(plan)), predicted(plan)))
-
-
-def _stored(plan: str, shape: Sequence[int], rank: Sequence[int | None], groups: int) -> int:
-    """Numbers in the kernels of a plan's stages, formed as ordinary (grouped) convolutions."""
-    *window, n_in, n_out = shape
-    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
-    r_in, r_out = (rank[-2] or n_in) if stream_in else n_in, groups * (rank[-1] or n_out) if stream_out else n_out
-    ends = (n_in * groups * r_in if stream_in else 0) + (n_out * (rank[-1] or n_out) if stream_out else 0)
-    return math.prod(window) * r_in * r_out + ends
 
 
 def _sum_forward(

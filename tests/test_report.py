@@ -1,6 +1,5 @@
-"""Numbers of layers and networks against numbers worked out by hand; the forward plan; the table."""
+"""Numbers of layers and networks against numbers worked out by hand; the table."""
 
-import itertools
 import json
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 import tdlrt_jax
 from tdlrt_jax import report
-from tdlrt_jax.conv import PLANS, count_work
 from tests.helpers import random_kernel
 
 GEOMETRY = {"strides": 2, "padding": "VALID"}
@@ -91,32 +89,6 @@ def test_a_kernel_used_by_two_layers_is_stored_once(kernel):
     layers = [report.summarize_layer(path, "convolution", kernel, shared=path == "b") for path in "ab"]
     assert [layer.parameters for layer in layers] == [123, 0]
     assert report.total_summary(layers, 0, with_work=False).weights == (123, 288)
-
-
-@pytest.mark.parametrize("channels", [16, 64])
-@pytest.mark.parametrize("image", [1, 4, 16])
-def test_the_forward_plan_never_takes_more_work_than_dense(channels, image):
-    shape, x = (3, 3, channels, channels), [(2, image, image, channels)]
-    for r_in, r_out in itertools.product((1, channels // 4, channels - 1, None), repeat=2):
-        rank = (3, 3, r_in, r_out)
-        plan = report.forward_plan(shape, rank, x, device="gpu")
-        work = {name: count_work(name, shape, rank, x[0]).forward for name in PLANS}
-        assert work[plan] <= work["dense"]
-        if r_in is None:
-            assert plan in ("dense", "merge_in")
-
-
-def test_the_forward_plan_where_it_is_known():
-    plan = report.forward_plan
-    assert plan((3, 3, 64, 64), (3, 3, 8, 8), [(1, 16, 16, 64)], device="cpu") == "factored"
-    assert plan((3, 3, 64, 64), (3, 3, 60, 60), [(1, 16, 16, 64)], device="cpu") == "dense"
-    assert plan((3, 3, 64, 64), (3, 3, 60, 8), [(1, 16, 16, 64)], device="cpu") == "merge_in"
-    assert plan((64, 64), (4, 4), [(1, 64)], device="cpu") in ("merge_in", "merge_out"), "two stages beat three"
-    assert plan((3, 3, 1, 64), (3, 3, 1, 8), [(1, 16, 16, 64)], groups=64) == "dense"
-    # Without any call, what stores the fewest numbers: 9 8 8 + 2 64 8, 9 64 8 + 64 8, 9 64 64.
-    assert plan((3, 3, 64, 64), (3, 3, 8, 8), []) == "factored"
-    assert plan((3, 3, 64, 64), (3, 3, 64, 64), []) == "dense"
-    assert plan((64, 64), (60, 60), []) == "dense"
 
 
 def test_as_json_and_as_a_table(kernel, rng):

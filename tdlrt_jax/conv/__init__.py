@@ -2,7 +2,8 @@
 
 from tdlrt_jax.conv.apply import tucker_conv, tucker_linear
 from tdlrt_jax.conv.convolution import conv_general_dilated
-from tdlrt_jax.conv.plans import PLANS, Work, choose_plan, count_work
+from tdlrt_jax.conv.plans import PLANS, Work, choose_plan, count_work, forward_plan
+from tdlrt_jax.conv.transposed import tucker_conv_transpose
 
 __all__ = [
     "PLANS",
@@ -10,6 +11,8 @@ __all__ = [
     "choose_plan",
     "conv_general_dilated",
     "count_work",
+    "forward_plan",
     "tucker_conv",
+    "tucker_conv_transpose",
     "tucker_linear",
 ]

@@ -20,14 +20,14 @@ is shared by the groups); with merged ones the convolution is grouped.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, output_size, resolve
 
-__all__ = ["PLANS", "Work", "choose_plan", "count_work", "plan_for", "streamed_modes", "work_of"]
+__all__ = ["PLANS", "Work", "choose_plan", "count_work", "forward_plan", "plan_for", "streamed_modes", "work_of"]
 
 PLANS = ("dense", "merge_in", "merge_out", "factored")
 
@@ -53,6 +53,10 @@ class _Balance(NamedTuple):
     per_element: float
     per_gathered: float  # and in the time of one pixel copied into a patch
 
+    def traffic(self, work: Work) -> float:
+        """The memory traffic of a training step, in multiply-adds."""
+        return self.per_element * work.elements + self.per_gathered * work.gathered
+
 
 # Fitted to timings on two CPU cores (jax 0.10, float32; 1 to 512 channels, 2x2 to 32x32 pixels), which they follow only
 # roughly; the last term is what makes convolutions of few channels slow.
@@ -62,6 +66,7 @@ _ACCELERATOR = _Balance(40.0, 0.0)
 # The prediction is no better than this: a plan with more stages must save more.
 _MARGIN = 1.1
 _USUAL_BATCH = 32
+_PASSES = 3  # a Work counts the memory traffic of a training step as that of three forward passes
 
 
 def streamed_modes(plan: str) -> tuple[bool, bool]:
@@ -159,17 +164,73 @@ def plan_for(
     batch = batch if isinstance(batch, int) else _USUAL_BATCH
     if is_depthwise(kernel_shape, geometry.groups):
         return "dense"
-    balance = _BALANCE.get(device or jax.default_backend(), _ACCELERATOR)
     work = {plan: work_of(plan, kernel_shape, rank, batch, image, geometry) for plan in PLANS}
+    balance = _balance(device)
+    predicted = {plan: w.total + balance.traffic(w) for plan, w in work.items()}
+    return _fewest_stages(predicted, {plan: w.total for plan, w in work.items()})
 
-    def predicted(plan: str) -> float:
-        w = work[plan]
-        return w.total + balance.per_element * w.elements + balance.per_gathered * w.gathered
 
-    candidates = [plan for plan in PLANS if work[plan].total <= work["dense"].total]
-    limit = _MARGIN * min(map(predicted, candidates))
-    nearly_as_cheap = [plan for plan in candidates if predicted(plan) <= limit]
-    return min(nearly_as_cheap, key=lambda plan: (sum(streamed_modes(plan)), predicted(plan)))
+def forward_plan(
+    kernel_shape: Sequence[int],
+    rank: Sequence[int | None],
+    x_shapes: Sequence[Sequence[int]],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    input_dilation: int | Sequence[int] = 1,
+    device: str | None = None,
+) -> str:
+    """The plan whose forward pass is the cheapest, for a layer that is trained; :func:`choose_plan` weighs a training step.
+
+    The kernels are taken as formed: a trained layer forms them once. Otherwise the rules are those of :func:`choose_plan`.
+
+    Args:
+      kernel_shape, rank, strides, padding, dilation, groups, input_dilation, device: as in :func:`choose_plan`.
+      x_shapes: the input's shape in every call of the layer, whose work is added up; without any, the plan that stores
+        the fewest numbers is taken.
+
+    Returns:
+      One of :data:`PLANS`.
+
+    Example:
+      >>> forward_plan((3, 3, 256, 256), (3, 3, 32, 32), [(1, 8, 8, 256)])
+      'factored'
+      >>> forward_plan((3, 3, 256, 256), (3, 3, 250, 250), [(1, 8, 8, 256)])
+      'dense'
+    """
+    if is_depthwise(tuple(kernel_shape), groups):
+        return "dense"
+    if not x_shapes:
+        return min(PLANS, key=lambda plan: (_stored(plan, kernel_shape, rank, groups), sum(streamed_modes(plan))))
+    layer = (strides, padding, dilation, groups, input_dilation)
+    calls = [_layer(kernel_shape, rank, shape, *layer) for shape in x_shapes]
+    work = {plan: [work_of(plan, tuple(kernel_shape), tuple(rank), *call) for call in calls] for plan in PLANS}
+    balance = _balance(device)
+    predicted = {plan: sum(w.forward + balance.traffic(w) / _PASSES for w in work[plan]) for plan in PLANS}
+    return _fewest_stages(predicted, {plan: sum(w.forward for w in work[plan]) for plan in PLANS})
+
+
+def _balance(device: str | None) -> _Balance:
+    return _BALANCE.get(device or jax.default_backend(), _ACCELERATOR)
+
+
+def _fewest_stages(predicted: Mapping[str, float], multiply_adds: Mapping[str, int]) -> str:
+    """Of the plans nearly as cheap as the cheapest, and with no more multiply-adds than the dense one, the simplest."""
+    candidates = [plan for plan in PLANS if multiply_adds[plan] <= multiply_adds["dense"]]
+    limit = _MARGIN * min(predicted[plan] for plan in candidates)
+    nearly_as_cheap = [plan for plan in candidates if predicted[plan] <= limit]
+    return min(nearly_as_cheap, key=lambda plan: (sum(streamed_modes(plan)), predicted[plan]))
+
+
+def _stored(plan: str, shape: Sequence[int], rank: Sequence[int | None], groups: int) -> int:
+    """Numbers in the kernels of a plan's stages, formed as ordinary (grouped) convolutions."""
+    *window, n_in, n_out = shape
+    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
+    r_in, r_out = (rank[-2] or n_in) if stream_in else n_in, groups * (rank[-1] or n_out) if stream_out else n_out
+    ends = (n_in * groups * r_in if stream_in else 0) + (n_out * (rank[-1] or n_out) if stream_out else 0)
+    return math.prod(window) * r_in * r_out + ends
 
 
 def is_depthwise(kernel_shape: tuple[int, ...], groups: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jax import Array
 from tdlrt_jax.capacity import resize
 from tdlrt_jax.initialization import compiled_hosvd, initial_kernel, kernel_rank
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init
+from tdlrt_jax.nn.modules import children, replace_modules
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
 from tdlrt_jax.rules import Rule, check_rules_match, parse_rules, rule_for
 from tdlrt_jax.truncation import RankPolicy, check_tolerance, hosvd, truncate
@@ -239,7 +239,7 @@ def _with_counterparts(model: Any, convert: Callable[[str, Any], Callable[[], An
                 kernels[id(variable)] = variable.copy(make_weights())
             replacements[id(layer)] = _counterpart(layer, kernels[id(variable)], variable.get_value())
     _check_sharing(copied, replacements, kernels)
-    return _replace(copied, replacements, set())
+    return replace_modules(copied, replacements)
 
 
 def _counterpart(layer: Any, kernel: nnx.Variable, weights: Any) -> Any:
@@ -277,43 +277,6 @@ def _edges(node: Any, path: tuple, visited: set[int]) -> Iterator[tuple[tuple, A
         if id(node) in visited:
             return
         visited.add(id(node))
-    for key, child in _children(node):
+    for key, child in children(node):
         yield (*path, key), node, child
         yield from _edges(child, (*path, key), visited)
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    if isinstance(node, nnx.Variable):
-        return []
-    if isinstance(node, nnx.Pytree):
-        return [(key, child) for key, child in vars(node).items() if not key.startswith("_pytree__")]
-    if isinstance(node, dict):
-        return list(node.items())
-    return list(enumerate(node)) if isinstance(node, list | tuple) else []
-
-
-def _replace(node: Any, replacements: Mapping[int, Any], visited: set[int]) -> Any:
-    """The node with everything replaced below it; modules are changed in place, containers made anew."""
-    if id(node) in replacements:
-        return replacements[id(node)]
-    if isinstance(node, nnx.Pytree):
-        if id(node) in visited:
-            return node
-        visited.add(id(node))
-    changed = {}
-    for key, child in _children(node):
-        new = _replace(child, replacements, visited)
-        if new is not child:
-            changed[key] = new
-    if not changed:
-        return node
-    if isinstance(node, nnx.Pytree):
-        for key, new in changed.items():
-            setattr(node, key, nnx.data(new))
-        return node
-    if isinstance(node, dict):
-        copied = copy.copy(node)  # whatever kind of dictionary it is
-        copied.update(changed)
-        return copied
-    entries = [changed.get(index, child) for index, child in enumerate(node)]
-    return type(node)(*entries) if hasattr(node, "_fields") else type(node)(entries)

@@ -21,11 +21,10 @@ from flax.core.meta import AxisMetadata
 from jax import Array
 from jax.typing import DTypeLike
 
-from tdlrt_jax.conv import tucker_conv, tucker_linear
+from tdlrt_jax.conv import tucker_conv, tucker_conv_transpose, tucker_linear
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.nn.convert import kernel_from_rule
 from tdlrt_jax.nn.layers import stand_in
-from tdlrt_jax.nn.transposed import tucker_conv_transpose
 from tdlrt_jax.rules import Rule, check_rules_match, parse_rules, rule_for
 from tdlrt_jax.tucker import is_tucker, kernel_shape, to_dense
 

@@ -9,7 +9,7 @@ each group, and the middle one repeats the core for each group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,13 @@ from flax import nnx
 from jax import lax
 
 from tdlrt_jax.conv import conv_general_dilated
-from tdlrt_jax.conv.plans import PLANS, streamed_modes
+from tdlrt_jax.conv.plans import PLANS, forward_plan, streamed_modes
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
+from tdlrt_jax.nn.modules import replace_modules
 from tdlrt_jax.nn.summary import counted_kernel, geometry_of, module_path, record_inputs
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
-from tdlrt_jax.report import factored_rank, forward_plan
+from tdlrt_jax.report import factored_rank
 from tdlrt_jax.tucker import TuckerTensor
 
 __all__ = ["check_inference", "check_parameters", "inference_function", "to_plain"]
@@ -85,7 +86,7 @@ def to_plain(model: Any, example: Any = None, *, plan: str | None = None, device
         id(module): _plain_layer(module, plan or _cheapest(module, inputs.get(path, []), device))
         for path, module in found.items()
     }
-    result = _replaced(copied, swap, set())
+    result = replace_modules(copied, swap)
     for _, layer in nnx.iter_modules(result, graph=True):
         # This package's replacement of a convolution is only another way to compute it.
         if isinstance(layer, nnx.Conv):
@@ -314,36 +315,3 @@ def _foreign(function: Any, default: Any) -> Any:
     """A function of the user's; the default in the place of one of this package's, which computes the same."""
     ours = (getattr(function, "__module__", None) or "").split(".")[0] == __name__.split(".")[0]
     return default if ours else function
-
-
-def _replaced(node: Any, swap: Mapping[int, Any], seen: set[int]) -> Any:
-    """The node with other modules in the places of some, in any containers; modules, lists and dicts in place."""
-    if id(node) in swap:
-        return swap[id(node)]
-    if isinstance(node, tuple):
-        entries = [_replaced(entry, swap, seen) for entry in node]
-        if all(new is old for new, old in zip(entries, node)):
-            return node
-        return type(node)(*entries) if hasattr(node, "_fields") else type(node)(entries)
-    if id(node) in seen:
-        return node
-    seen.add(id(node))
-    for key, value in list(_entries(node)):
-        new = _replaced(value, swap, seen)
-        if new is not value:
-            if isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List | nnx.Dict):
-                setattr(node, key, nnx.data(new) if isinstance(new, tuple) else new)
-            else:
-                node[key] = new
-    return node
-
-
-def _entries(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, list | nnx.List):
-        yield from enumerate(node)
-    elif isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, nnx.Dict):
-        yield from ((key, node[key]) for key in node)
-    elif isinstance(node, nnx.Pytree):
-        yield from vars(node).items()

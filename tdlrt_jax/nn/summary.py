@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from tdlrt_jax.conv.geometry import resolve
+from tdlrt_jax.conv.transposed import transposed_padding
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
-from tdlrt_jax.nn.transposed import transposed_padding
 from tdlrt_jax.report import Summary, kernel_shape_of, numbers, summarize_layer, summarize_params, total_summary
 from tdlrt_jax.tucker import TuckerTensor, is_tucker
 

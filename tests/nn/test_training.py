@@ -210,6 +210,59 @@ def test_tdlrt_step_trains_and_reports(batch):
             np.testing.assert_array_equal(old, new)
 
 
+def statistics(model):
+    return nnx.as_pure(nnx.state(model, nnx.BatchStat))
+
+
+def stepper(interface, model, integrator, batch):
+    """A function that takes one training step of the model, in place, by nnx's interface or by that of the core."""
+    if interface == "nnx":
+        optimizer, step = make_optimizer(model, integrator), tnn.tdlrt_step(loss_fn)
+        return lambda: step(model, optimizer, *batch)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+
+    def with_state(params, rest, x, y):
+        merged = nnx.merge(graphdef, params, rest)
+        loss = loss_fn(merged, x, y)
+        return loss, nnx.as_pure(nnx.split(merged, nnx.Param, ...)[2])
+
+    tx = tdlrt_jax.tdlrt(optax.sgd(0.1, momentum=0.5), integrator=integrator, tolerance=0.1)
+    step = tdlrt_jax.tdlrt_step(with_state, tx, has_state=True, donate=False)
+    carried = [params, tx.init(params), rest]
+
+    def take():
+        *carried[:], info = step(*carried, *batch)
+        nnx.update(model, carried[0])
+        nnx.update(model, carried[2])
+        return info
+
+    return take
+
+
+@pytest.mark.parametrize("interface", ["nnx", "core"])
+@pytest.mark.parametrize("integrator", ["bug", "parallel", "fixed_rank"])
+def test_batch_statistics_move_once_a_step_to_those_of_a_dense_forward_pass(batch, integrator, interface):
+    """However often an integrator evaluates the network, statistics are those of one pass at the parameters before."""
+    model = Network(nnx.Rngs(0))
+    forward, step = nnx.jit(lambda model: model(batch[0])), stepper(interface, model, integrator, batch)
+    for _ in range(3):
+        before, dense = statistics(model), tnn.densify(model)
+        forward(dense)
+        expected = statistics(dense)
+        forward(dense)
+        twice = statistics(dense)
+        step()
+        assert_trees_close(statistics(model), expected)
+        for a, b, c in zip(*map(jax.tree.leaves, (before, expected, twice)), strict=True):
+            assert np.all(a != b) and np.max(np.abs(b - c)) > 1e-4, "no pass, or one more, would have been noticed"
+        elsewhere = tnn.densify(model)
+        nnx.update(elsewhere, before)
+        forward(elsewhere)
+        for a, b in zip(*map(jax.tree.leaves, (expected, statistics(elsewhere))), strict=True):
+            assert np.max(np.abs(a - b)) > 1e-5, "so would a pass at the parameters after the step"
+
+
 def test_tdlrt_step_needs_tdlrt_and_bug_its_second_gradient(batch):
     model = Network(nnx.Rngs(0))
     plain = nnx.Optimizer(model, optax.with_extra_args_support(optax.sgd(0.1)), wrt=nnx.Param)

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 import tdlrt_jax
+from tdlrt_jax.conv import tucker_conv_transpose
+from tdlrt_jax.conv.transposed import transpose_kernel
 from tdlrt_jax.nn import TuckerConvTranspose
-from tdlrt_jax.nn.transposed import transpose_kernel, tucker_conv_transpose
 from tests.helpers import random_kernel
 
 IN, OUT = 4, 3
