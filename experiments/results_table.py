@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return sorted(table, key=lambda row: (row["method"], str(row["tau"])))
 
 
-def asked(options: dict[str, Any]) -> float | str | None:
+def asked(options: Mapping[str, Any]) -> float | str | None:
     """The tolerance or the budget of a run; None for a dense one."""
     if options.get("method") != "tdlrt":
         return None
