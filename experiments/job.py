@@ -16,6 +16,7 @@ from rich.console import Console
 
 import tdlrt_jax
 from experiments import data, plots
+from experiments.arrays import fit_arrays, full_layers, pressing_note
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
 from experiments.build import build_model, build_optimizer, learning_rate
 from experiments.config import TrainConfig
@@ -25,6 +26,7 @@ from experiments.metrics import layer_name, layers, paper_order, singular_values
 from experiments.programs import Programs, StepReport, TrainState, build_programs
 from experiments.run_directory import RunDirectory, environment
 from tdlrt_jax import checkpoint
+from tdlrt_jax.capacity import array_bytes
 from tdlrt_jax.status import RANK_AT_CAPACITY
 
 __all__ = ["Outcome", "run"]
@@ -54,6 +56,7 @@ class Sums:
     seconds: float = 0.0
     compilations: int = 0
     compile_seconds: float = 0.0
+    pressing_steps: int = 0  # steps that reported a rank at its capacity
 
 
 class NotFiniteError(ArithmeticError):
@@ -186,6 +189,7 @@ class _Job:
         self.sums.loss += float(loss)
         self.sums.correct += int(hits)
         display.step(self.epoch + 1, self._global_step(), float(loss))
+        self.sums.pressing_steps += bool(status & RANK_AT_CAPACITY)
         self.status |= int(status)
 
     def _close_epoch(self, display: Display, writer: Any) -> None:
@@ -194,11 +198,13 @@ class _Job:
         self.directory.append(record)
         self.history.append(record)
         display.epoch(record)
+        if record["pressing"]:
+            self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
         for name, value in _scalars(record):
             writer.add_scalar(name, value, record["step"])
         writer.flush()
         if self.config.tdlrt.resize:
-            self._fit_arrays()
+            self.state = fit_arrays(self.state, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
             self.status &= ~RANK_AT_CAPACITY
         self.epoch, self.sums = self.epoch + 1, Sums()
         self._save()
@@ -232,25 +238,18 @@ class _Job:
             },
             "tolerance": float(opt_state.tolerance),
             "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, opt_state),
+            # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
+            "pressing": full_layers(self.state.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
+            "pressing_steps": self.sums.pressing_steps,
             "seconds": self.sums.seconds,
             "evaluation_seconds": time.monotonic() - started,
             "compilations": self.sums.compilations,
             "compile_seconds": self.sums.compile_seconds,
             # Of the step just compiled, and of what training keeps on the device between steps.
             "step_memory": dict(self.programs.memory),
-            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves((self.state.params, self.state.opt_state))),
+            "state_bytes": array_bytes((self.state.params, self.state.opt_state)),
         }
         return record
-
-    def _fit_arrays(self) -> None:
-        """Lets the arrays follow the ranks, where that is worth a compilation."""
-        bound = self.config.tdlrt.max_rank
-        kernels = tdlrt_jax.kernel_paths(self.state.params)
-        bounds = {name: [bound] * kernel.core.ndim for name, kernel in kernels.items()} if bound else None
-        wanted = tdlrt_jax.fit_capacity(self.state.params, max_rank=bounds)
-        if any(tuple(kernels[name].core.shape) != tuple(size) for name, size in wanted.items()):
-            params, opt_state = (tdlrt_jax.resize(tree, wanted) for tree in (self.state.params, self.state.opt_state))
-            self.state = self.state._replace(params=params, opt_state=opt_state)
 
     # Checkpoints.
 
@@ -260,7 +259,7 @@ class _Job:
     def _save(self) -> None:
         step = self._global_step()
         if step not in checkpoint.all_steps(self.directory.checkpoints):
-            metadata = {"epoch": self.epoch, "sums": dataclasses.asdict(self.sums)}
+            metadata = {"epoch": self.epoch, "sums": dataclasses.asdict(self.sums), "status": self.status}
             checkpoint.save(self.directory.checkpoints, step, self.state._asdict(), metadata, keep=_KEEP)
 
     def _restore(self) -> None:
@@ -269,6 +268,7 @@ class _Job:
             state, metadata = checkpoint.restore(self.directory.checkpoints, self.state._asdict())
             self.state = TrainState(**state)
             self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
+            self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
         self.history = self.directory.cut_history(self.epoch)
 
     # Ends.
@@ -382,7 +382,7 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
                     curves += [(f"{name}/{layer}/{mode}", float(number)) for mode, number in zip(modes, entry)]
                 else:
                     curves.append((f"{name}/{layer}", entry))
-        elif name not in ("epoch", "step"):
+        elif name not in ("epoch", "step", "pressing"):
             part, _, kind = name.rpartition("_")
             curves.append((f"{kind}/{part}" if kind in ("loss", "accuracy") else name, float(value)))
     return curves

@@ -2,7 +2,7 @@
 
 from tdlrt_jax.averaging import average
 from tdlrt_jax.budget import Budget
-from tdlrt_jax.capacity import canonicalize, fit_capacity, resize
+from tdlrt_jax.capacity import array_bytes, canonicalize, fit_capacity, full_kernels, resize
 from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.frame import Frame, lift, value_and_grad
 from tdlrt_jax.optimizer import TdlrtState, tdlrt
@@ -26,11 +26,13 @@ __all__ = [
     "TdlrtState",
     "TuckerTensor",
     "active_rank",
+    "array_bytes",
     "average",
     "canonicalize",
     "densify",
     "describe_status",
     "fit_capacity",
+    "full_kernels",
     "hosvd",
     "kernel_paths",
     "kernel_shape",

@@ -25,9 +25,10 @@ from tdlrt_jax.tucker import (
     is_tucker,
     kernel_shape,
     multi_mode_product,
+    parameter_count,
 )
 
-__all__ = ["canonicalize", "fit_capacity", "resize"]
+__all__ = ["array_bytes", "canonicalize", "fit_capacity", "full_kernels", "resize"]
 
 Capacity = int | Sequence[int]
 
@@ -122,34 +123,166 @@ def fit_capacity(
     multiple: int = 8,
     hysteresis: float = 0.75,
     max_rank: Mapping[str, Sequence[int]] | None = None,
+    grow: bool = True,
 ) -> dict[str, tuple[int, ...]]:
     """Proposes a capacity for every kernel from the ranks in use now; give it to :func:`resize`.
 
+    Any change of shapes compiles the whole step anew, so the network is looked at as a whole. What fits a rank ``r`` is
+    ``headroom * r`` rounded up to a multiple. If a rank fills its arrays and could be higher, all arrays take the sizes that
+    fit. Else those that are larger than that shrink, all of them or none: if the arrays of all kernels together come to less
+    than ``hysteresis`` times what they are.
+
+    How often this happens, for any number of layers and of calls: let ``S`` be the numbers stored in the arrays of all kernels.
+    Arrays that shrink take ``S`` below ``hysteresis * S``, so while ranks only fall this happens at most
+    ``log(S_0 / S_1) / log(1 / hysteresis)`` times, from ``S_0`` of the first arrays down to ``S_1`` of those that fit ranks
+    of 1 (or are smaller from the first); if a rank filled the first arrays there is one change more, at the beginning, and
+    ``S_0`` and ``S_1`` are of those after it. Arrays that grow had their first size, or one with room for ``headroom`` times
+    the rank of that moment.
+
     Args:
-      params: any pytree with kernels.
-      headroom: room for a rank ``r`` to rise: at least ``headroom * r`` columns.
-      multiple: sizes are rounded up to a multiple of this (and down to what is useful for the kernel).
-      hysteresis: arrays shrink only if the proposal needs less than this fraction of the core's present size, and grow only if a
-        rank fills its capacity, so that the step is compiled anew a few times in a run and not at every change.
-      max_rank: largest useful capacities by kernel path, if there are bounds.
+      params: any pytree with kernels; host side, concrete values.
+      headroom: room for a rank ``r`` to rise: at least ``headroom * r`` columns; 1 or more.
+      multiple: sizes are rounded up to a multiple of this (and down to what is useful for the kernel); 1 or more.
+      hysteresis: the fraction, in (0, 1], of the present arrays that the fitting ones must stay below to be worth a compilation.
+      max_rank: largest useful capacities by kernel path, one a mode, if there are bounds.
+      grow: whether a rank that fills its arrays is a reason. Such a rank need not press: pass ``False`` where no step since the
+        last call reported ``tdlrt_jax.status.RANK_AT_CAPACITY``.
 
     Returns:
-      Kernel path to capacities; the present ones where nothing is worth a change.
+      Kernel path to capacities, one a mode; the present ones, all of them, where nothing is worth a change.
+
+    Raises:
+      ValueError: for an option outside of its range, or ``max_rank`` for a kernel that is not there.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> params = {"kernel": tdlrt_jax.hosvd(jnp.outer(jnp.arange(1.0, 65.0), jnp.ones(32)), tolerance=0.01)}
+      >>> params["kernel"].core.shape, fit_capacity(params)
+      ((32, 32), {'kernel': (8, 8)})
     """
-    proposal = {}
-    for name, kernel in kernel_paths(params).items():
-        shape, present = kernel_shape(kernel), capacity(kernel)
-        limit = max_capacity(shape, (max_rank or {}).get(name, shape))
-        ranks = np.asarray(active_rank(kernel)).tolist()
-        rounded = [min(n, math.ceil(headroom * r / multiple) * multiple) for r, n in zip(ranks, limit)]
-        rounded = [size if u is None else max(r, c) for size, u, r, c in zip(present, kernel.factors, ranks, rounded)]
-        proposed = tuple(max(r, c) for r, c in zip(ranks, max_capacity(shape, rounded)))
-        full = any(r >= size < n for r, size, n in zip(ranks, present, limit))
-        shrinks = math.prod(proposed) < hysteresis * math.prod(present)
-        proposal[name] = (
-            tuple(max(p, q) for p, q in zip(present, proposed)) if full else proposed if shrinks else present
+    if not headroom >= 1:
+        raise ValueError(f"headroom={headroom} must be 1 or more: arrays have to hold the ranks in use")
+    if multiple < 1:
+        raise ValueError(f"multiple={multiple} must be a number of columns, 1 or more; 1 for no rounding")
+    if not 0 < hysteresis <= 1:
+        raise ValueError(
+            f"hysteresis={hysteresis}: expected a fraction in (0, 1], 0.75 to shrink for a quarter or more"
         )
-    return proposal
+    kernels = kernel_paths(params)
+    limits = _limits(kernels, max_rank)
+    ranks = _ranks(kernels)
+
+    def useful(name: str, kernel: TuckerTensor, sizes: list[int]) -> tuple[int, ...]:
+        lowered = max_capacity(kernel_shape(kernel), sizes)
+        return tuple(r if u is None else max(r, s) for u, r, s in zip(kernel.factors, ranks[name], lowered))
+
+    def fitting(name: str, kernel: TuckerTensor) -> tuple[int, ...]:
+        # The small term keeps 1.1 * 10 = 11.000000000000002 from being rounded up to 12.
+        columns = [math.ceil(headroom * r / multiple - 1e-9) * multiple for r in ranks[name]]
+        sizes = [max(r, min(size, limit)) for r, size, limit in zip(ranks[name], columns, limits[name])]
+        return useful(name, kernel, [r if u is None else s for u, r, s in zip(kernel.factors, ranks[name], sizes)])
+
+    present = {name: capacity(kernel) for name, kernel in kernels.items()}
+    fitted = {name: fitting(name, kernel) for name, kernel in kernels.items()}
+    if grow and any(_is_full(ranks[name], present[name], limits[name]) for name in kernels):
+        return fitted
+    smaller = {
+        name: useful(name, kernel, [min(size, fit) for size, fit in zip(present[name], fitted[name])])
+        for name, kernel in kernels.items()
+    }
+    return smaller if _stored(kernels, smaller) < hysteresis * _stored(kernels, present) else present
+
+
+def full_kernels(params: Any, *, max_rank: Mapping[str, Sequence[int]] | None = None) -> list[str]:
+    """Paths of the kernels with a rank that fills its arrays though it could be higher.
+
+    These are the candidates where a step reports ``tdlrt_jax.status.RANK_AT_CAPACITY``, which says that there is a rank for
+    which the tolerance asks for more.
+
+    Args:
+      params: any pytree with kernels; host side, concrete values.
+      max_rank: largest useful capacities by kernel path, one a mode, if there are bounds; they are not full.
+
+    Returns:
+      The paths, in the order of the tree.
+
+    Raises:
+      ValueError: for ``max_rank`` of a kernel that is not there.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> full_kernels({"kernel": tdlrt_jax.hosvd(jnp.eye(4), rank=2)})
+      ['kernel']
+      >>> full_kernels({"kernel": tdlrt_jax.hosvd(jnp.eye(4), rank=4)})
+      []
+    """
+    kernels = kernel_paths(params)
+    limits, ranks = _limits(kernels, max_rank), _ranks(kernels)
+    return [name for name, kernel in kernels.items() if _is_full(ranks[name], capacity(kernel), limits[name])]
+
+
+def array_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, padding included: what it occupies on its devices, one copy of each array counted.
+
+    Args:
+      tree: arrays, scalars and PRNG keys in any containers, or ``jax.eval_shape`` of what makes them.
+
+    Returns:
+      The sum over the leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tdlrt_jax.hosvd(jnp.outer(jnp.arange(1.0, 4.0), jnp.ones(5)), tolerance=0.01)
+      >>> array_bytes(kernel), array_bytes(resize(kernel, 1))
+      (132, 36)
+    """
+
+    def size(leaf: Any) -> int:
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _ranks(kernels: Mapping[str, TuckerTensor]) -> dict[str, list[int]]:
+    """The ranks in use, counted by NumPy: many small arrays, for which eager operations of JAX take far longer."""
+    return {
+        name: [
+            size if u is None else int(np.any(np.asarray(u) != 0, axis=0).sum())
+            for size, u in zip(capacity(kernel), kernel.factors)
+        ]
+        for name, kernel in kernels.items()
+    }
+
+
+def _limits(
+    kernels: Mapping[str, TuckerTensor], max_rank: Mapping[str, Sequence[int]] | None
+) -> dict[str, tuple[int, ...]]:
+    """The largest useful capacities of every kernel."""
+    max_rank = max_rank or {}
+    for name, bound in max_rank.items():
+        if name not in kernels:
+            raise ValueError(f"max_rank names {name!r}, which is no kernel's path; the paths are {list(kernels)}")
+        if len(bound) != len(kernels[name].factors):
+            raise ValueError(
+                f"max_rank[{name!r}]={tuple(bound)} has {len(bound)} entries: expected one a mode of a kernel of shape "
+                f"{kernel_shape(kernels[name])}"
+            )
+    shapes = {name: kernel_shape(kernel) for name, kernel in kernels.items()}
+    return {name: max_capacity(shape, max_rank.get(name, shape)) for name, shape in shapes.items()}
+
+
+def _is_full(rank: Sequence[int], present: Sequence[int], limit: Sequence[int]) -> bool:
+    return any(r >= size < n for r, size, n in zip(rank, present, limit))
+
+
+def _stored(kernels: Mapping[str, TuckerTensor], sizes: Mapping[str, Sequence[int]]) -> int:
+    """Numbers in the arrays of all kernels at the given capacities."""
+    return sum(
+        parameter_count(kernel_shape(kernel), sizes[name], [u is None for u in kernel.factors])
+        for name, kernel in kernels.items()
+    )
 
 
 def canonicalize(kernel: TuckerTensor) -> TuckerTensor:

@@ -8,9 +8,11 @@ them.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,13 @@ def save(
     if step < 0:
         raise ValueError(f"step={step} must be 0 or more")
     arrays = {name: _to_host(leaf) for name, leaf in _leaves(tree).items()}
-    description = {
+    description: dict[str, Any] = {
         "format": _FORMAT,
         "ranks": _ranks(tree),
         "checksums": {name: _checksum(array) for name, array in arrays.items()},
         "metadata": dict(metadata or {}),
     }
+    description["checksum"] = _json_checksum(description)
     with _manager(directory, keep=keep, writing=True) as manager:
         if step in manager.all_steps():
             raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
@@ -97,24 +100,25 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
     where = f"checkpoint {step} in {directory}"
     wanted = _leaves(like)
     with _manager(directory) as manager:
-        try:
-            stored = dict(manager.item_metadata(step)["arrays"])
-            description = _description(manager, step)
-        except Exception as error:
-            raise _damaged(directory, step, f"{type(error).__name__}: {str(error)[:300]}") from error
+        description = _description(manager, directory, step)
+        checksums = description["checksums"]
+        with _naming_leaves(directory, step, list(checksums)):
+            # None where the file that lists the arrays is missing.
+            stored = dict(manager.item_metadata(step)["arrays"] or {})
+        lost = sorted(checksums.keys() ^ stored.keys())
+        if lost:
+            raise _damaged(directory, step, f"{_listed(lost)}: the list of arrays is not the one that was saved")
         _check_names(where, set(wanted), set(stored))
         free = _free_axes(like)
         for name, leaf in wanted.items():
             _check_leaf(where, name, leaf, stored[name], free.get(name, ()))
         # As NumPy arrays: a checkpoint written on one kind of device is read on any other.
         target = {name: np.broadcast_to(np.zeros((), item.dtype), item.shape) for name, item in stored.items()}
-        try:
+        with _naming_leaves(directory, step, list(checksums)):
             arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
-        except Exception as error:
-            raise _damaged(directory, step, f"{type(error).__name__}: {str(error)[:300]}") from error
-    for name, checksum in description["checksums"].items():
-        if _checksum(np.asarray(arrays[name])) != checksum:
-            raise _damaged(directory, step, f"leaf {name!r} is not what was saved")
+    altered = [name for name in wanted if _checksum(np.asarray(arrays[name])) != checksums[name]]
+    if altered:
+        raise _damaged(directory, step, f"{_listed(altered)}: not what was saved")
     leaves = [_to_device(np.asarray(arrays[name]), leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), description["metadata"]
 
@@ -123,7 +127,7 @@ def ranks(directory: PathLike, step: int | None = None) -> dict[str, list[int]]:
     """The ranks in use of every Tucker kernel in a checkpoint, by path, without reading arrays."""
     step = _existing_step(directory, step)
     with _manager(directory) as manager:
-        return _description(manager, step)["ranks"]
+        return _description(manager, directory, step)["ranks"]
 
 
 def all_steps(directory: PathLike) -> list[int]:
@@ -142,11 +146,30 @@ def _manager(directory: PathLike, *, keep: int | None = None, writing: bool = Fa
     return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
 
 
-def _description(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    description = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))["description"]
-    if description.get("format") != _FORMAT:
-        raise ValueError(f"format {description.get('format')} was written by another version; expected {_FORMAT}")
+def _description(manager: ocp.CheckpointManager, directory: PathLike, step: int) -> dict[str, Any]:
+    """What is stored beside the arrays."""
+    try:
+        description = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))["description"]
+        version, checksum = description["format"], description.pop("checksum", None)
+    except Exception as error:
+        raise _damaged(
+            directory, step, f"ranks and checksums cannot be read. {type(error).__name__}: {error}"
+        ) from error
+    if version != _FORMAT:
+        raise ValueError(
+            f"checkpoint {step} in {directory} has format {version}, written by another version of tdlrt_jax; this one reads "
+            f"format {_FORMAT}"
+        )
+    # Checkpoints of the first versions have no checksum of the description itself.
+    if checksum is not None and checksum != _json_checksum(description):
+        raise _damaged(directory, step, "ranks, checksums or metadata are not what was saved")
     return description
+
+
+def _json_checksum(description: Mapping[str, Any]) -> int:
+    """Of the content, not of the text: as JSON gives it back."""
+    plain = json.loads(json.dumps(description))
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
 
 
 def _existing_step(directory: PathLike, step: int | None) -> int:
@@ -219,12 +242,14 @@ def _checksum(array: np.ndarray) -> int:
 
 def _check_names(where: str, wanted: set[str], stored: set[str]) -> None:
     for names, text in (
-        (wanted - stored, "has no leaf for"),
-        (stored - wanted, "has leaves without a place in the given tree:"),
+        (wanted - stored, "lacks"),
+        (stored - wanted, "has, without a place for it in the given tree,"),
     ):
         if names:
-            listed = ", ".join(repr(name) for name in sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise ValueError(f"{where} {text} {listed}: was it saved from another model or optimizer?")
+            raise ValueError(
+                f"{where} {text} {_listed(sorted(names))}: was it saved from another model, or with another optimizer or other "
+                "options of it? Build the given tree as it was built then"
+            )
 
 
 def _check_leaf(where: str, name: str, leaf: Any, stored: Any, free: tuple[int, ...]) -> None:
@@ -238,7 +263,44 @@ def _check_leaf(where: str, name: str, leaf: Any, stored: Any, free: tuple[int, 
             f"{where}: leaf {name!r} has shape {found}, the given tree {expected}: was it saved from another model?"
         )
     if np.dtype(stored.dtype) != np.dtype(like.dtype):
-        raise ValueError(f"{where}: leaf {name!r} has dtype {stored.dtype}, the given tree {like.dtype}")
+        raise ValueError(
+            f"{where}: leaf {name!r} has dtype {stored.dtype}, the given tree {like.dtype}: build it with "
+            "the dtype that was saved, and cast what comes back"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """The first few of them, as ``leaf 'a'`` or ``leaves 'a', 'b', ...``."""
+    listed = ", ".join(repr(name) for name in names[:5])
+    return (
+        f"leaf {listed}" if len(names) == 1 else f"leaves {listed}" + (f" and {len(names) - 5} more" * (len(names) > 5))
+    )
+
+
+@contextlib.contextmanager
+def _naming_leaves(directory: PathLike, step: int, names: list[str]) -> Iterator[None]:
+    """Turns whatever goes wrong inside into an error that names the leaves that cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        unreadable = _unreadable(Path(directory).absolute() / str(step) / "arrays", names)
+        what = _listed(unreadable) if unreadable else "the list of its arrays"
+        problem = f"{what} cannot be read. {type(error).__name__}: {str(error)[:300]}"
+        raise _damaged(directory, step, problem) from error
+
+
+def _unreadable(arrays: Path, names: list[str]) -> list[str]:
+    """The arrays that cannot be read, by path: each is tried by itself, since all of them together fail as one."""
+    failed = []
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for name in names:
+            how = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+            only = ocp.args.PyTreeRestore(item={name: 0}, restore_args=how, partial_restore=True)
+            try:
+                reader.restore(arrays, args=only)
+            except Exception:
+                failed.append(name)
+    return failed
 
 
 def _damaged(directory: PathLike, step: int, problem: str) -> ValueError:

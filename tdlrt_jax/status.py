@@ -21,7 +21,8 @@ _ADVICE = {
     ),
     RANK_AT_CAPACITY: (
         "a rank presses against the capacity of its arrays: the tolerance asks for more. "
-        "Enlarge it with tdlrt_jax.resize, or set max_rank if the bound is meant"
+        "Enlarge it with tdlrt_jax.resize(tree, tdlrt_jax.fit_capacity(params)), parameters and optimizer state alike, "
+        "or set max_rank if the bound is meant"
     ),
 }
 

@@ -141,8 +141,10 @@ def test_fit_capacity_leaves_alone_what_is_not_worth_a_compilation(rng):
 
 def test_fit_capacity_grows_where_a_rank_fills_its_arrays(rng):
     params = ranked(rng, (64, 64, 5), (8, 8, 5), (8, 24, 5))
-    # Mode 0 is full and grows, mode 1 is not made smaller by the way, mode 2 has its whole size.
-    assert fit_capacity(params) == {"w": (16, 24, 5)}
+    # Mode 0 is full and grows; as that compiles anyway, mode 1 shrinks to what fits it. Mode 2 has its whole size.
+    assert fit_capacity(params) == {"w": (16, 16, 5)}
+    assert fit_capacity(params, grow=False) == {"w": (8, 16, 5)}  # worth it by itself
+    assert fit_capacity(params, grow=False, hysteresis=0.7) == {"w": (8, 24, 5)}
     # Not full: nothing grows, though headroom is not there.
     params = ranked(rng, (64, 64, 5), (7, 8, 5), (8, 16, 5))
     assert fit_capacity(params) == {"w": (8, 16, 5)}
@@ -152,7 +154,7 @@ def test_fit_capacity_grows_where_a_rank_fills_its_arrays(rng):
 
 def test_fit_capacity_keeps_to_bounds_and_to_useful_sizes(rng):
     params = ranked(rng, (64, 64, 5), (8, 8, 5), (8, 24, 5))
-    assert fit_capacity(params, max_rank={"w": (12, 64, 5)}) == {"w": (12, 24, 5)}
+    assert fit_capacity(params, max_rank={"w": (12, 64, 5)}) == {"w": (12, 16, 5)}
     params = ranked(rng, (64, 64, 5), (8, 8, 5), (8, 16, 5))
     assert fit_capacity(params, max_rank={"w": (8, 64, 5)}) == {"w": (8, 16, 5)}  # full, but it may not rise
     # R_0 <= R_1 R_2: room for 3 * 4 would never be used at 2 x 2.

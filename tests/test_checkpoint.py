@@ -211,10 +211,16 @@ def without(tree, *path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: without(p, "conv", "bias"), "without a place in the given tree: 'params/conv/bias'"),
-        (lambda p: p | {"extra": jnp.zeros(3)}, "has no leaf for 'params/extra'"),
+        (
+            lambda p: without(p, "conv", "bias"),
+            "without a place for it in the given tree, leaf 'params/conv/bias': was it saved from another model",
+        ),
+        (lambda p: p | {"extra": jnp.zeros(3)}, "lacks leaf 'params/extra': was it saved from another model"),
         (lambda p: p | {"scale": jnp.zeros(2)}, r"'params/scale' has shape \(\), the given tree \(2,\)"),
-        (lambda p: p | {"scale": jnp.zeros((), jnp.int32)}, "'params/scale' has dtype float32, the given tree int32"),
+        (
+            lambda p: p | {"scale": jnp.zeros((), jnp.int32)},
+            "'params/scale' has dtype float32, the given tree int32: build it with",
+        ),
         (lambda p: network(features=6), r"'params/conv/(bias|kernel/.*)' has shape"),
         (
             lambda p: p | {"linear": {"kernel": tdlrt_jax.hosvd(jnp.ones((8, 7)), rank=2)}},
@@ -222,11 +228,11 @@ def without(tree, *path):
         ),
         (
             lambda p: p | {"linear": {"kernel": TuckerTensor(jnp.ones((2, 6)), (jnp.ones((8, 2)), None))}},
-            "without a place in the given tree: 'params/linear/kernel/factors/1'",
+            "without a place for it in the given tree, leaf 'params/linear/kernel/factors/1'",
         ),
         (
             lambda p: p | {"linear": {"kernel": jnp.zeros((8, 6))}},
-            "has no leaf for 'params/linear/kernel'",
+            "lacks leaf 'params/linear/kernel'",
         ),
     ],
     ids=["left over", "missing", "shape", "dtype", "features", "mode size", "whole mode", "dense kernel"],
@@ -249,7 +255,7 @@ def test_damaged_array_is_found_and_named(saved, monkeypatch):
         return {**arrays, "params/conv/bias": bits}
 
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", flipped)
-    with pytest.raises(ValueError, match="damaged: leaf 'params/conv/bias' is not what was saved"):
+    with pytest.raises(ValueError, match="damaged: leaf 'params/conv/bias': not what was saved"):
         checkpoint.restore(directory, tree)
 
 

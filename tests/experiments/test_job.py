@@ -34,7 +34,7 @@ DENSE = [*TINY, "--method", "dense"]
 # Small ranks and a tolerance large enough that ranks fall and arrays shrink within two epochs of six steps.
 TUCKER = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2"]
 TUCKER += ["--rank", "12", "--tau", "0.4", "--learning-rate", "0.02"]
-CLOCK = ("seconds", "evaluation_seconds", "compilations")
+CLOCK = ("seconds", "evaluation_seconds", "compilations", "compile_seconds")
 
 
 def run(*arguments):
@@ -131,7 +131,28 @@ def test_ranks_fall_and_arrays_follow(finished):
     first, second = lines(finished[0])
     assert second["ranks"]["hidden"][0] < 12
     assert np.prod(second["capacities"]["hidden"]) < np.prod(first["capacities"]["hidden"])
+    assert second["state_bytes"] < first["state_bytes"] and second["step_memory"]["peak"] < first["step_memory"]["peak"]
     assert first["compilations"] == 1 and second["compilations"] == 1
+
+
+def test_ranks_that_press_are_reported_in_the_run_and_grow(tmp_path, monkeypatch, no_plots):
+    """From small arrays, with a tolerance that asks for more: named in the epoch's record and in words, larger in the next."""
+    printed, directory = [], tmp_path / "run"
+    monkeypatch.setattr("rich.console.Console.print", lambda self, *objects, **options: printed.extend(objects))
+    pressed = ["--rank", "4", "--tau", "0.001", "--integrator", "parallel", "--learning-rate", "0.02"]
+    assert run(*TINY, *pressed, "--run-dir", directory) == 0
+    first, second = lines(directory)
+    assert "hidden" in first["pressing"] and 0 < first["pressing_steps"] <= 3
+    notes = [item for item in printed if str(item).startswith("Ranks pressed against the capacity of their arrays in")]
+    assert len(notes) == bool(first["pressing"]) + bool(second["pressing"])
+    assert ", ".join(first["pressing"]) in notes[0] and "They grow now" in notes[0]
+    assert first["capacities"]["hidden"] == [4, 4] and min(second["capacities"]["hidden"]) > 4
+    rises = [(r, c) for name in first["pressing"] for r, c in zip(second["ranks"][name], first["capacities"][name])]
+    assert any(rank > size for rank, size in rises)
+    assert first["compilations"] == second["compilations"] == 1
+    assert second["state_bytes"] > first["state_bytes"] and second["step_memory"]["peak"] > first["step_memory"]["peak"]
+    (events,) = (directory / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"pressing_steps") == 2
 
 
 def test_compression_is_that_of_the_saved_ranks(finished):
