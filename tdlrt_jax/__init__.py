@@ -5,6 +5,7 @@ from tdlrt_jax.budget import Budget
 from tdlrt_jax.capacity import array_bytes, canonicalize, fit_capacity, full_kernels, resize
 from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.frame import Frame, lift, value_and_grad
+from tdlrt_jax.galerkin import value_and_two_grads
 from tdlrt_jax.optimizer import TdlrtState, tdlrt
 from tdlrt_jax.paths import kernel_paths
 from tdlrt_jax.status import describe_status
@@ -48,6 +49,7 @@ __all__ = [
     "tucker_linear",
     "tuckerize",
     "value_and_grad",
+    "value_and_two_grads",
 ]
 __version__ = "0.1.0"
 

@@ -53,6 +53,17 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
       ``f(params, *args) -> ((value, grads), second)``, ``second`` a :class:`SecondGradient`; ``second(at)`` and
       ``second.at_same_network(at)`` give ``(value, grads)`` for core-only frames in the place of the kernels.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, tdlrt_jax
+      >>> params = {"w": tdlrt_jax.hosvd(jnp.arange(12.0).reshape(3, 4) / 12, rank=2)}
+      >>> loss = lambda params, x: jnp.sum((tdlrt_jax.tucker_linear(x, params["w"]) - 1) ** 2)
+      >>> tx = tdlrt_jax.tdlrt(optax.sgd(0.01), tolerance=0.01)
+      >>> state = tx.init(params)
+      >>> (value, grads), second = value_and_two_grads(loss)(params, jnp.ones((5, 3)))
+      >>> updates, state = tx.update(grads, state, params, value_and_grad_fn=second)
+      >>> bool(loss(optax.apply_updates(params, updates), jnp.ones((5, 3))) < value)
+      True
+
     Source: Algorithm 1, lines 8 and 9.
     """
 
