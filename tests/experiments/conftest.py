@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,13 +16,20 @@ def caches(tmp_path_factory):
     """Caches away from the user's; compiled programs are shared among the processes of a parallel run."""
     base = tmp_path_factory.getbasetemp()
     base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "caches"
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(base))
         yield base
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache_of_jobs_only():
+    """A job turns JAX's compilation cache on for its process; what other tests compile is not written there."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else JAX keeps the cache that it has opened
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import step_cost
 from experiments.results_table import markdown, rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -13,6 +14,25 @@ RESULTS = ROOT / "experiments" / "results" / "mnist_lenet5"
 
 def test_the_readme_shows_the_committed_results():
     assert markdown(rows(RESULTS)) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_shows_the_committed_step_costs():
+    cost = json.loads((ROOT / "experiments" / "results" / "cifar10_vgg16_quarter_step_cost.json").read_text())
+    assert step_cost.markdown(cost) in (ROOT / "README.md").read_text()
+
+
+def test_the_step_costs_are_those_of_the_committed_results():
+    """Names, accuracy and compression; and the budgets are met to half a point."""
+    directory = ROOT / "experiments" / "results" / "cifar10_vgg16_quarter"
+    cost = json.loads((directory.parent / f"{directory.name}_step_cost.json").read_text())
+    results = {path.stem: json.loads(path.read_text()) for path in directory.glob("*.json")}
+    assert set(results) == set(cost["runs"]) >= {"dense", "bug"}
+    for name, result in results.items():
+        final, options = result["final"], result["options"]
+        assert final["test_accuracy"] == cost["runs"][name]["test_accuracy"]
+        assert final["compression_conv"] == cost["runs"][name]["compression_conv"]
+        if options["method"] == "tdlrt":
+            assert abs(final["compression_conv"] - options["budget"]) < 0.005
 
 
 def test_the_committed_results_reach_what_they_should():
