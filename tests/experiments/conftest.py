@@ -9,6 +9,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parents[2]
+# As they were before any job ran.
+CACHE_OPTIONS = {
+    name: getattr(jax.config, name)
+    for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,10 +29,8 @@ def caches(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def compilation_cache_of_jobs_only():
     """A job turns JAX's compilation cache on for its process; what other tests compile is not written there."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     yield
-    for name, value in before.items():
+    for name, value in CACHE_OPTIONS.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # else JAX keeps the cache that it has opened
 
