@@ -119,12 +119,13 @@ def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
     """:func:`lift` for all kernels of a network, already checked: unfoldings of equal shapes are factorized as one batch."""
     modes = [(i, mode) for i, k in enumerate(kernels) for mode, factor in enumerate(k.factors) if factor is not None]
     masks = [active_core(kernel) for kernel in kernels]
-    parts = map_batched(
-        orthonormal_unfolding,
-        [unfold(kernels[i].core, mode) for i, mode in modes],
-        [unfold(masks[i], mode) for i, mode in modes],
-        [kernels[i].factors[mode] for i, mode in modes],
-    )
+    with jax.named_scope("tdlrt.lift"):
+        parts = map_batched(
+            orthonormal_unfolding,
+            [unfold(kernels[i].core, mode) for i, mode in modes],
+            [unfold(masks[i], mode) for i, mode in modes],
+            [kernels[i].factors[mode] for i, mode in modes],
+        )
     Q: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     K: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     for (i, mode), (q, k) in zip(modes, parts):

@@ -90,11 +90,13 @@ class NetworkStep(NamedTuple):
         """One step of Algorithm 1, or of the integrator's variant of it, for all kernels at once."""
         nodes, after_first = self._first_update(frames, gradients, inner_state)
         steps = self.tree.pick(nodes)
-        bases = augment_all(frames, steps)
-        points = map_batched(scheme.basis_step, bases, steps)
+        with jax.named_scope("tdlrt.augment"):
+            bases = augment_all(frames, steps)
+            points = map_batched(scheme.basis_step, bases, steps)
         if scheme.evaluations == 1:
             after_last = after_first
-            increments = map_batched(embed_step, steps, bases)
+            with jax.named_scope("tdlrt.augment"):
+                increments = map_batched(embed_step, steps, bases)
         else:
             assert value_and_grad_fn is not None
             if scheme.same_network:  # a pass through the network may then be spared, see galerkin
@@ -103,7 +105,8 @@ class NetworkStep(NamedTuple):
             increments = [update.core for update in self.tree.pick(nodes)]
 
         kernels = self.tree.kernels
-        truncations, budget = bounds(points, increments)
+        with jax.named_scope("tdlrt.truncate"):
+            truncations, budget = bounds(points, increments)
 
         def core_step(
             policy: RankPolicy, basis: Augmented, point: Galerkin, increment: Array, cut: Truncation
@@ -114,7 +117,8 @@ class NetworkStep(NamedTuple):
         policies = [cut.policy for cut in truncations]
         # The policy is static, and no part of the batch.
         traced = [cut._replace(policy=None) for cut in truncations]  # type: ignore[arg-type]
-        results = map_batched(core_step, bases, points, increments, traced, static=policies)
+        with jax.named_scope("tdlrt.truncate"):
+            results = map_batched(core_step, bases, points, increments, traced, static=policies)
         moved, updates = [m for m, _ in results], [update for _, update in results]
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
@@ -150,7 +154,8 @@ class NetworkStep(NamedTuple):
     def _inner_update(self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any) -> tuple:
         """The inner update at given chart points; the updates come back as nodes."""
         grads = self.tree.replace(kernel_grads, gradients)
-        updates, state = self.inner.update(grads, state, self.tree.replace(points), **self.extra)
+        with jax.named_scope("tdlrt.optimizer"):
+            updates, state = self.inner.update(grads, state, self.tree.replace(points), **self.extra)
         return flatten_kernels(updates).nodes, state
 
     def _first_update(self, frames: list[Frame], gradients: list[Any], state: Any) -> tuple[list[Any], Any]:
@@ -175,7 +180,8 @@ class NetworkStep(NamedTuple):
         nothing to a norm.
         """
         at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
-        _, grads = value_and_grad_fn(at)
+        with jax.named_scope("tdlrt.second_gradient"):
+            _, grads = value_and_grad_fn(at)
         still = [jax.tree.map(jnp.zeros_like, kernel.factors) for kernel in self.tree.kernels]
         core_grads = [
             TuckerTensor(grad.core.astype(point.core.dtype), zeros)
@@ -205,7 +211,8 @@ class NetworkStep(NamedTuple):
         moments = [moment for moment in self._moments(state) if moment.kind != "scalar"]
         rows = [[column[moment.kernel] for moment in moments] for column in columns]
         present = [nodes[moment.position] for moment in moments]
-        results = map_batched(function, present, *rows, static=[moment.kind for moment in moments])
+        with jax.named_scope("tdlrt.transport"):
+            results = map_batched(function, present, *rows, static=[moment.kind for moment in moments])
         for moment, result in zip(moments, results):
             nodes[moment.position] = result
         return jax.tree.unflatten(treedef, nodes)
@@ -241,16 +248,17 @@ class NetworkStep(NamedTuple):
 
         nodes, treedef = jax.tree.flatten(after_last, is_leaf=is_tucker)
         owners = [moment.kernel for moment in moments]
-        results = map_batched(
-            carry,
-            [nodes[moment.position] for moment in moments],
-            [first[moment.position] for moment in moments],
-            [bases[i] for i in owners],
-            [points[i] for i in owners],
-            [moved[i].rotations for i in owners],
-            [frames[i] for i in owners],
-            static=[moment.kind for moment in moments],
-        )
+        with jax.named_scope("tdlrt.transport"):
+            results = map_batched(
+                carry,
+                [nodes[moment.position] for moment in moments],
+                [first[moment.position] for moment in moments],
+                [bases[i] for i in owners],
+                [points[i] for i in owners],
+                [moved[i].rotations for i in owners],
+                [frames[i] for i in owners],
+                static=[moment.kind for moment in moments],
+            )
         for moment, result in zip(moments, results):
             nodes[moment.position] = result
         return jax.tree.unflatten(treedef, nodes)

@@ -44,7 +44,7 @@ def test_the_work_of_all_calls_is_added_up():
     small, large = (1, 4, 4, 64), (1, 32, 32, 64)  # at 4x4 pixels a VALID window sees few outputs for its inputs
 
     def plan(calls):
-        return forward_plan((3, 3, 64, 64), (3, 3, 8, 24), calls, padding="VALID", device="cpu")
+        return forward_plan((3, 3, 64, 64), (3, 3, 24, 40), calls, padding="VALID", device="cpu")
 
     assert (plan([small]), plan([large])) == ("merge_out", "factored")
     assert plan([small, large]) == plan([large, small]) == "factored"
@@ -56,3 +56,14 @@ def test_arguments_that_do_not_fit_are_refused_as_by_choose_plan():
         forward_plan((3, 3, 4, 8), (3, 3, 2, 2), [(1, 9, 9, 5)])
     with pytest.raises(ValueError, match="rank as long"):
         forward_plan((3, 3, 4, 8), (2, 2), [(1, 9, 9, 4)])
+
+
+def test_few_in_channels_are_not_streamed_to_fewer_on_a_cpu():
+    """A convolution of one in-channel is no faster there than one of three, and its input's gradient would be needed."""
+    for pick in (
+        lambda device: choose_plan((3, 3, 3, 64), (3, 3, 1, 9), (128, 32, 32, 3), device=device),
+        lambda device: forward_plan((3, 3, 3, 64), (3, 3, 1, 9), [(128, 32, 32, 3)], device=device),
+    ):
+        assert pick("cpu") == "merge_in"
+    assert count_work("merge_in", (3, 3, 3, 64), (3, 3, 1, 9), (128, 32, 32, 3)).idle == 3 * 13 * 9 * 9 * 128 * 32**2
+    assert count_work("factored", (3, 3, 64, 64), (3, 3, 16, 16), (128, 32, 32, 64)).idle == 0

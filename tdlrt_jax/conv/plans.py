@@ -40,6 +40,7 @@ class Work(NamedTuple):
     kernel: int  # multiply-adds to form the kernels that are convolved and to contract their gradient
     elements: int  # activations read and written by all stages
     gathered: int  # pixels gathered into patches by the convolutions, one for each output pixel and window position
+    idle: int  # multiply-adds missing from convolutions of few in-channels to have _NARROW of them
 
     @property
     def total(self) -> int:
@@ -52,21 +53,24 @@ class _Balance(NamedTuple):
 
     per_element: float
     per_gathered: float  # and in the time of one pixel copied into a patch
+    per_idle: float  # and in the time of one that a convolution of few in-channels could have done
 
-    def traffic(self, work: Work) -> float:
-        """The memory traffic of a training step, in multiply-adds."""
-        return self.per_element * work.elements + self.per_gathered * work.gathered
+    def overhead(self, work: Work) -> float:
+        """What a training step costs beside its arithmetic, memory traffic above all, in multiply-adds."""
+        return self.per_element * work.elements + self.per_gathered * work.gathered + self.per_idle * work.idle
 
 
 # Fitted to timings on two CPU cores (jax 0.10, float32; 1 to 512 channels, 2x2 to 32x32 pixels), which they follow only
-# roughly; the last term is what makes convolutions of few channels slow.
-_BALANCE = {"cpu": _Balance(10.0, 200.0)}
+# roughly; the last two terms are what makes convolutions of few channels slow: one of 1 to 3 in-channels takes as long as
+# one of 8 to 16.
+_BALANCE = {"cpu": _Balance(10.0, 200.0, 1.0)}
+_NARROW = 16
 # Not measured: the ratio of float32 arithmetic to memory bandwidth in the data sheets of current accelerators.
-_ACCELERATOR = _Balance(40.0, 0.0)
+_ACCELERATOR = _Balance(40.0, 0.0, 0.0)
 # The prediction is no better than this: a plan with more stages must save more.
 _MARGIN = 1.1
 _USUAL_BATCH = 32
-_PASSES = 3  # a Work counts the memory traffic of a training step as that of three forward passes
+_PASSES = 3  # a Work counts the overhead of a training step as that of three forward passes
 
 
 def streamed_modes(plan: str) -> tuple[bool, bool]:
@@ -166,7 +170,7 @@ def plan_for(
         return "dense"
     work = {plan: work_of(plan, kernel_shape, rank, batch, image, geometry) for plan in PLANS}
     balance = _balance(device)
-    predicted = {plan: w.total + balance.traffic(w) for plan, w in work.items()}
+    predicted = {plan: w.total + balance.overhead(w) for plan, w in work.items()}
     return _fewest_stages(predicted, {plan: w.total for plan, w in work.items()})
 
 
@@ -208,7 +212,7 @@ def forward_plan(
     calls = [_layer(kernel_shape, rank, shape, *layer) for shape in x_shapes]
     work = {plan: [work_of(plan, tuple(kernel_shape), tuple(rank), *call) for call in calls] for plan in PLANS}
     balance = _balance(device)
-    predicted = {plan: sum(w.forward + balance.traffic(w) / _PASSES for w in work[plan]) for plan in PLANS}
+    predicted = {plan: sum(w.forward + balance.overhead(w) / _PASSES for w in work[plan]) for plan in PLANS}
     return _fewest_stages(predicted, {plan: sum(w.forward for w in work[plan]) for plan in PLANS})
 
 
@@ -266,12 +270,13 @@ def work_of(
         products += after * n_out * r_out
         elements += after * (n_out + groups * r_out)
     gathered = 0 if math.prod(window) == 1 else copies * after * math.prod(window)
+    idle = gathered * max(_NARROW - channels, 0) * produced
 
     merged = [r is not None for r in rank[:-2]]
     merged += [rank[-2] is not None and not stream_in, rank[-1] is not None and not stream_out]
     # The two passes share one kernel, M[C], only where nothing is streamed.
     kernel = _kernel_work(kernel_shape, full, merged, different_kernels=2 if stream_in or stream_out else 1)
-    return Work(products, 2 * products, kernel, 3 * elements, 3 * gathered)
+    return Work(products, 2 * products, kernel, 3 * elements, 3 * gathered, 3 * idle)
 
 
 def _kernel_work(shape: Sequence[int], rank: Sequence[int], merged: Sequence[bool], *, different_kernels: int) -> int:

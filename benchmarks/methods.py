@@ -1,0 +1,125 @@
+"""One training step of every way to train that is compared, compiled and ready to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+import tdlrt_jax
+from benchmarks.networks import Network, build, images, loss_of
+from benchmarks.paper_step import paper_step
+
+__all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "tree_bytes"]
+
+AMORTIZED = 10  # bases and ranks move every so many steps
+# Below it nothing is cut but what the arrays have no room for: ranks stay at their capacities, so every step has all its work.
+TOLERANCE = 1e-3
+JAX_METHODS = {
+    "dense": "dense, with a matrix product where XLA's convolution is slow",
+    "dense_xla": "dense, flax as it comes",
+    "factorized": "Tucker-factorized: plain gradients of core and factors",
+    "bug": "TDLRT, Algorithm 1 in one forward and one backward pass",
+    "parallel": "TDLRT, one gradient a step",
+    "fixed_rank": "TDLRT, Algorithm 1 not adaptive (two passes)",
+    "amortized": f"TDLRT, Algorithm 1 every {AMORTIZED} steps, core steps between",
+    "bug_second_pass": "TDLRT, Algorithm 1 with a second pass",
+    "paper": "TDLRT as the paper writes it: one pass for each factor and one for the core",
+}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or shapes) in a pytree, as they lie on the device."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes that the compiler plans for a program: its temporaries, and its peak with all arguments and results."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return {}
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {"temporary_bytes": temporary, "peak_bytes": arguments + temporary + new}
+
+
+class TrainingStep:
+    """A compiled training step of a method, with its state; ``run()`` takes one and waits for it."""
+
+    def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
+        kind = method if method.startswith("dense") else "tucker"
+        parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
+        graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
+        function, init = _step(method, loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum))
+        opt_state = jax.jit(init)(params)
+        # Every leaf its own buffer: the step donates its state.
+        self.state = jax.tree.map(jnp.copy, (params, opt_state, model_state))
+        self.batch = images(network)
+        started = time.perf_counter()
+        lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
+        traced = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.seconds_to = {"trace": traced - started, "compile": time.perf_counter() - traced}
+        self.steps = AMORTIZED if method == "amortized" else 1
+        self.loss: Array | None = None
+
+    def run(self) -> float:
+        """Steps once (or a whole period) and returns the seconds of one step."""
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            *state, self.loss = self.compiled(*self.state, *self.batch)
+            self.state = tuple(state)
+        jax.block_until_ready((self.state, self.loss))
+        return (time.perf_counter() - started) / self.steps
+
+    def facts(self) -> dict[str, Any]:
+        """All but the times of steps: compilation, memory, counted work."""
+        params, opt_state, model_state = self.state
+        kernels = tdlrt_jax.kernel_paths(params)
+        cost = self.compiled.cost_analysis() or {}
+        return {
+            "seconds_to": self.seconds_to,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            # Gradients have the shapes and dtypes of the parameters.
+            "state_bytes": 2 * tree_bytes(params) + tree_bytes(opt_state),
+            "model_state_bytes": tree_bytes(model_state),
+            **memory_of(self.compiled),
+            "flops": cost.get("flops"),
+            "ranks": {name: [int(r) for r in tdlrt_jax.active_rank(kernel)] for name, kernel in kernels.items()},
+            "loss": None if self.loss is None else float(self.loss),
+        }
+
+
+def _step(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``step(params, opt_state, model_state, *batch)`` of a method, and the initialization of its optimizer."""
+    if method in ("dense", "dense_xla", "factorized"):
+
+        def plain(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
+            (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, *batch)
+            updates, opt_state = inner.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, state, loss
+
+        return plain, inner.init
+    options: dict[str, Any] = {"integrator": method if method in ("parallel", "fixed_rank") else "bug"}
+    if method == "amortized":
+        options["adapt_every"] = AMORTIZED
+    tx = tdlrt_jax.tdlrt(inner, tolerance=TOLERANCE, **options)
+    if method == "paper":
+        return paper_step(loss_fn, tx), tx.init
+    if method not in JAX_METHODS:
+        raise ValueError(f"method={method!r} is unknown: expected one of {', '.join(JAX_METHODS)}")
+    inner_step = tdlrt_jax.tdlrt_step(
+        loss_fn, tx, has_state=True, donate=False, second_pass=method == "bug_second_pass"
+    )
+
+    def step(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
+        params, opt_state, model_state, info = inner_step(params, opt_state, model_state, *batch)
+        return params, opt_state, model_state, info.loss
+
+    return step, tx.init

@@ -1,0 +1,97 @@
+"""Training steps of all methods, in turn in one process, with PyTorch's in another one between them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from benchmarks.cells import Cell, Options
+from benchmarks.networks import Network, compression_of, fraction_for, kernels
+from benchmarks.timing import in_turn, ratio, spread
+
+__all__ = ["cells", "networks", "peer_ranks"]
+
+PEERS = ("dense", "factorized", "tensorly")
+BASELINES = ("dense", "factorized", "torch dense")
+
+
+def networks(options: Options) -> Iterator[Network]:
+    """The networks that the options name, the tightest compression of each model first."""
+    for batch in options.batches:
+        for compression in sorted(options.compressions, key=lambda c: abs(c - 0.95)):
+            for model in options.models:
+                yield Network(model, options.width, batch, compression, options.spatial)
+
+
+def cells(options: Options) -> list[Cell]:
+    """One cell a network."""
+    return [Cell(network.key, partial(_measure, options, network)) for network in networks(options)]
+
+
+def peer_ranks(network: Network) -> dict[str, list[int]]:
+    """The network's ranks by layer for another framework, spatial modes at their size where they are whole."""
+    return {
+        name.removesuffix("/kernel"): [int(size) for size in kernel.core.shape]
+        for name, kernel in kernels(network, fraction_for(network)).items()
+    }
+
+
+def _measure(options: Options, network: Network, say: Callable[[str], None]) -> dict[str, Any]:
+    from benchmarks.methods import JAX_METHODS, TrainingStep
+    from benchmarks.peers import Peer
+
+    steps: dict[str, Any] = {}
+    for method in options.methods:
+        say(f"compiling {method}")
+        steps[method] = TrainingStep(network, method)
+    programs: dict[str, Callable[[], float]] = {name: step.run for name, step in steps.items()}
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(Peer(options.peers)) if options.peers else None
+        facts: dict[str, Any] = {}
+        if peer is not None:
+            for method in PEERS:
+                say(f"PyTorch, {method}")
+                facts[f"torch {method}"] = peer.build(
+                    method,
+                    mode="train",
+                    model=network.model,
+                    method=method,
+                    width=network.width,
+                    num_classes=10,
+                    image=[32, 32],
+                    batch=network.batch,
+                    ranks=None if method == "dense" else peer_ranks(network),
+                    learning_rate=0.01,
+                    momentum=0.9,
+                    seed=0,
+                )
+                programs[f"torch {method}"] = partial(_run_peer, peer, method)
+        say(f"timing {options.rounds} rounds of {len(programs)} methods in turn")
+        seconds = in_turn(programs, rounds=options.rounds)
+        versions = peer.versions if peer is not None else None
+    facts |= {name: {"what": JAX_METHODS[name], **step.facts()} for name, step in steps.items()}
+    del steps
+    gc.collect()
+    return {
+        "network": network._asdict(),
+        "fraction": fraction_for(network),
+        "compression": compression_of(network, fraction_for(network)),
+        "rounds": options.rounds,
+        "peers": versions,
+        "methods": {
+            name: {
+                "seconds": spread(values),
+                "ratio": {to: ratio(seconds, name, to) for to in BASELINES if to in seconds},
+                **facts[name],
+            }
+            for name, values in seconds.items()
+        },
+    }
+
+
+def _run_peer(peer: Any, name: str) -> float:
+    (seconds,) = peer.run(name, steps=1)
+    return float(seconds)
