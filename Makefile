@@ -9,7 +9,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 
-.PHONY: help setup train show onnx test lint format types clean
+.PHONY: help setup train show benchmark peers onnx test lint format types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,12 @@ train: $(STAMP) ## train a network; ARGS="--epochs 3" passes options, ARGS=--hel
 
 show: $(STAMP) ## tables and plots of runs; ARGS="runs/NAME experiments/results/..."
 	$(BIN)/python -m experiments.show $(ARGS)
+
+benchmark: $(STAMP) ## measure what training and inference cost; ARGS=--help lists the options
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+peers: ## PyTorch and tensorly-torch in an environment of their own (.venv-peers), for the benchmark
+	PYTHON="$(PYTHON)" scripts/peers
 
 onnx: ## check ONNX exports in an environment of their own (.venv-onnx)
 	PYTHON="$(PYTHON)" scripts/onnx_check

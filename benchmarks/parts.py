@@ -30,7 +30,7 @@ def cells(options: Options) -> list[Cell]:
 
 def _profile(options: Options, network: Network, say: Callable[[str], None]) -> dict[str, Any]:
     from benchmarks.methods import TrainingStep
-    from benchmarks.profile import profile
+    from benchmarks.profiling import profile
 
     results = {}
     for method in PROFILED:

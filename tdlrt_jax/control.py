@@ -115,7 +115,10 @@ class RankControl:
                 ceiling = jnp.where(frozen, rank, jnp.iinfo(jnp.int32).max if ceiling is None else ceiling)
             own = self._rule(name).tolerance
             tau = (jnp.zeros_like(tolerance) if found else tolerance) if own is None else jnp.float32(own)
-            truncations.append(Truncation(tau, self.policy_of(name, kernel), floor, ceiling))
+            policy = self.policy_of(name, kernel)
+            # A new sketch every step: cores depend on the earlier ones, and a resumed run draws what it would have drawn.
+            number = step if policy.route == "randomized" else None
+            truncations.append(Truncation(tau, policy, floor, ceiling, number))
         return truncations, found
 
     def _spend(

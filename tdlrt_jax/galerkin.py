@@ -71,6 +71,7 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
         def anew(at: Any) -> tuple[Any, Any]:
             return value_and_grad(loss_fn, has_aux)(at, *args)
 
+        here = get_opaque_trace_state()
         nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)
         frames = lift_nodes(nodes)
         points = [chart_point(node) if isinstance(node, Frame) else node for node in frames]
@@ -94,8 +95,12 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
 
         def same(at: Any) -> tuple[Any, Any]:
             there = jax.tree.leaves(at, is_leaf=is_kernel)
+            # Asked for within a lax.cond (adapt_every), where XLA's CPU convolutions are slow.
+            products = jax.default_backend() == "cpu" and get_opaque_trace_state() != here
             gradients = [
-                core_gradient(node, applied[position], seen[position]) if isinstance(node, Frame) else grads[position]
+                core_gradient(node, applied[position], seen[position], products=products)
+                if isinstance(node, Frame)
+                else grads[position]
                 for position, node in enumerate(there)
             ]
             return value, jax.tree.unflatten(treedef, gradients)
@@ -105,13 +110,14 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
     return evaluate
 
 
-def core_gradient(frame: Frame, applied: Applied, tap: Tap) -> Any:
+def core_gradient(frame: Frame, applied: Applied, tap: Tap, *, products: bool = False) -> Any:
     """``dC̃`` at a core-only frame, from the input and the output gradient that the kernel saw.
 
     Args:
       frame: the bases ``[U_j | Ũ_j]``.
       applied: how the kernel was applied.
       tap: ``x`` and ``dy``.
+      products: by matrix products instead of a convolution.
 
     Returns:
       ``TuckerTensor(dC̃, (None, ...))``.
@@ -121,7 +127,7 @@ def core_gradient(frame: Frame, applied: Applied, tap: Tap) -> Any:
     geometry = applied.how.geometry
     plan = plan_for(shape, rank, applied.x.shape[0], applied.x.shape[1:-1], geometry)
     stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
-    how = applied.how._replace(stream_in=stream_in, stream_out=stream_out)
+    how = applied.how._replace(stream_in=stream_in, stream_out=stream_out, products=products)
 
     def output(core: Array) -> Array:  # linear in the core, so its transpose needs no forward pass
         return apply_kernel(how, tap.x, Frame(core, None, frame.U, None))

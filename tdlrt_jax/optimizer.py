@@ -26,7 +26,7 @@ from tdlrt_jax.network import NetworkStep, StepOutcome, look_plain
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.rules import parse_rules
 from tdlrt_jax.transport import Kind, find_moments
-from tdlrt_jax.truncation import Convention, Criterion, RankPolicy
+from tdlrt_jax.truncation import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.tucker import TuckerTensor, active_rank, check_structure
 
 __all__ = ["TdlrtState", "tdlrt"]
@@ -53,6 +53,7 @@ def tdlrt(
     criterion: Criterion = "tail",
     convention: Convention = "shared",
     spare: int | None = None,
+    route: Route = "gram",
     warmup: int = 0,
     adapt_every: int = 1,
     freeze_after: int | None = None,
@@ -75,6 +76,8 @@ def tdlrt(
       criterion, convention: what the tolerance means, see :class:`RankPolicy`.
       spare: directions kept beyond what the tolerance asks for; default 0, and 1 for ``"parallel"``, whose ranks cannot rise
         without.
+      route: how line 11 finds directions: ``"gram"``, or ``"randomized"``, by a sketch where that is cheaper (on the CPU for
+        large matrices only), see :class:`RankPolicy`. A budget's looks at the singular values stay as they are.
       warmup: for so many steps ranks may rise but not fall.
       adapt_every: bases and ranks move every so many steps; in between only the cores do (from one gradient), while the inner
         state goes on collecting the directions outside of the bases.
@@ -114,7 +117,7 @@ def tdlrt(
     spare = (1 if integrator == "parallel" else 0) if spare is None else spare
     control = RankControl(
         tolerance=tolerance,
-        policy=RankPolicy(criterion, convention, spare),
+        policy=RankPolicy(criterion, convention, spare, route=route),
         min_rank=min_rank,
         max_rank=max_rank,
         rules=parse_rules(rules or {}),

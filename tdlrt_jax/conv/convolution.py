@@ -15,17 +15,31 @@ from tdlrt_jax.conv.geometry import Geometry, output_size, resolve
 
 __all__ = ["conv_general_dilated", "convolve", "sample_pixels"]
 
+# From so many in-channels on, a product for each position of the window beats one product with all patches side by side.
+_MANY_CHANNELS = 16
+
 
 def convolve(
-    x: Array, kernel: Array, geometry: Geometry, *, precision: Any = None, preferred_element_type: Any = None
+    x: Array,
+    kernel: Array,
+    geometry: Geometry,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    products: bool = False,
 ) -> Array:
     """``(N, image..., g c)`` by ``(window..., c, n_out)`` to ``(N, image'..., n_out)``, channels last.
 
     A pointwise kernel (and no spatial dimension at all) is a matrix product. On the CPU so is a window wider than the
     image, where XLA leaves its fast convolution and is far slower than the product; for larger images the convolution is
-    as fast or faster.
+    as fast or faster. With ``products`` it is matrix products in any case: inside of ``lax.cond``, ``scan`` and
+    ``while_loop`` XLA's CPU convolutions take 30 to 100 times as long (jaxlib 0.10), its matrix products do not.
     """
     window, image = kernel.shape[:-2], x.shape[1:-1]
+    if products and geometry.groups == 1 and kernel.shape[-2] >= _MANY_CHANNELS:
+        return _shifted_products(x, kernel, geometry, precision, preferred_element_type)
+    if products:
+        return _product_with_patches(x, kernel, geometry, precision, preferred_element_type)
     if math.prod(window) == 1 or (jax.default_backend() == "cpu" and _wider_than_image(window, image, geometry)):
         return _product_with_patches(x, kernel, geometry, precision, preferred_element_type)
     spatial = "".join("DHW"[-len(image) :]) if len(image) <= 3 else "".join(map(chr, range(97, 97 + len(image))))
@@ -91,7 +105,8 @@ def conv_general_dilated(
         input_dilation=lhs_dilation,
         groups=feature_group_count,
     )
-    return convolve(lhs, rhs, geometry, **{k: options.get(k) for k in ours})
+    precision, result = options.get("precision"), options.get("preferred_element_type")
+    return convolve(lhs, rhs, geometry, precision=precision, preferred_element_type=result)
 
 
 def _wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:
@@ -105,6 +120,16 @@ def sample_pixels(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
     (pixels,) = _patches(x, (1,) * (x.ndim - 2), geometry)
     ones = (1,) * (x.ndim - 2)
     return pixels, Geometry(ones, ((0, 0),) * len(ones), ones, ones, geometry.groups)
+
+
+def _shifted_products(
+    x: Array, kernel: Array, geometry: Geometry, precision: Any, preferred_element_type: Any
+) -> Array:
+    """A matrix product for each position in the window, and their sum: no copy of all patches side by side."""
+    matrices = kernel.reshape(-1, *kernel.shape[-2:])
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    patches = _patches(x, kernel.shape[:-2], geometry)
+    return sum(jnp.matmul(patch, matrix, **options) for patch, matrix in zip(patches, matrices))  # type: ignore[return-value]
 
 
 def _product_with_patches(

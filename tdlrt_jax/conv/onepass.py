@@ -41,6 +41,7 @@ class Application(NamedTuple):
     geometry: Geometry
     precision: Any  # of the products with activations
     preferred_element_type: Any  # of the result
+    products: bool = False  # whether the convolution is carried out as matrix products, see convolve
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "dy"], meta_fields=["kernel"])
@@ -123,7 +124,8 @@ def _convolve(how: Application, a: Array, kernel: Array) -> Array:
     """``A * M[X]``."""
     geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
     result = None if how.stream_out else how.preferred_element_type
-    return convolve(a, kernel.astype(a.dtype), geometry, precision=how.precision, preferred_element_type=result)
+    options = {"precision": how.precision, "preferred_element_type": result, "products": how.products}
+    return convolve(a, kernel.astype(a.dtype), geometry, **options)
 
 
 def _expand(how: Application, b: Array, matrix: Array | None) -> Array:

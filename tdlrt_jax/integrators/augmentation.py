@@ -16,7 +16,8 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
-from tdlrt_jax.truncation import ALL_ROUNDS, principal_rotation
+from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
+from tdlrt_jax.truncation import tails
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
 
 __all__ = ["Augmented", "augment", "augment_all", "augmented_width", "embed", "new_directions", "unchanged"]
@@ -76,7 +77,7 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     columns = _project_out(_project_out(columns, basis), basis)
 
     _, rows, energies = principal_rotation(columns.T, active_columns(step), ALL_ROUNDS)
-    kept = ~(jnp.cumsum(energies[::-1])[::-1] <= floor**2)  # so that a step that is not finite stays visible
+    kept = ~(tails(energies) <= floor**2)  # so that a step that is not finite stays visible
     rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)
     columns = _project_out(rows[:width].T, basis)
     active = active_columns(columns)

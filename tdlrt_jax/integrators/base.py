@@ -40,6 +40,7 @@ class Truncation(NamedTuple):
     policy: RankPolicy
     floor: Array  # int32 (d,), ranks not to go below (warm-up, frozen ranks)
     ceiling: Array | None = None  # int32 (d,), ranks not to go above (a budget, frozen ranks)
+    step: Array | None = None  # int32 scalar, what random numbers depend on; None where there are none
 
 
 class Integrator(NamedTuple):

@@ -42,6 +42,7 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
         policy=truncation.policy,
         floor=truncation.floor,
         ceiling=truncation.ceiling,
+        step=truncation.step,
     )
     kernel = TuckerTensor(cut.core, orthonormal_factors(point.bases, cut.rotations))
     return Moved(kernel, cut.rotations, cut.rank, cut.error, cut.bound)

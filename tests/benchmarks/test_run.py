@@ -7,7 +7,7 @@ import pytest
 from benchmarks import cells, report, run, steps, timing
 from benchmarks.cells import Cell, Results, ResultsError
 from benchmarks.networks import Network, fraction_for
-from benchmarks.profile import _instructions
+from benchmarks.profiling import _instructions
 
 OPTIONS = run.SCALES["smoke"]
 
@@ -69,7 +69,7 @@ def sections(monkeypatch):
         say("measuring")
         spread = timing.spread([0.001])
         one = {"seconds": spread, "error": 0.1, "reported_error": 0.1, "orthonormality": 1e-7}
-        return {"shape": [4, 4], "capacity": [2, 2], "least_error": 0.1, "routes": {"gram": one}}
+        return {"shape": [4, 4], "capacity": [2, 2], "least_error": 0.1, "sketched_modes": [], "routes": {"gram": one}}
 
     from benchmarks import truncation
 
