@@ -228,7 +228,7 @@ def truncate(
 
     def chosen_rank(mode: int, energies: Array, lost: Array, exist: Array) -> tuple[Array, Array]:
         """The rank for the energies of a mode's slices, and whether it is held down."""
-        wanted = choose_rank(energies, limits[mode], policy, lost)
+        wanted = jnp.minimum(choose_rank(energies, limits[mode], policy, lost), exist)
         wanted = wanted if ceiling is None else jnp.minimum(wanted, ceiling[mode])
         low, high = bounds_of(mode, exist)
         rank = jnp.maximum(jnp.clip(wanted, low, jnp.maximum(high, low)), 1)
@@ -242,7 +242,8 @@ def truncate(
         for mode in range(order):
             if whole[mode]:
                 continue
-            exist = jnp.sum(masks[mode], dtype=jnp.int32)
+            # More directions than the other modes have room for are rounding, and hold nothing down.
+            exist = jnp.minimum(jnp.sum(masks[mode], dtype=jnp.int32), _columns(masks, mode))
             matrix, turns = unfold(working, mode), jnp.where(first, rounds, ALL_ROUNDS)
             size = sketch_size(matrix.shape[0], matrix.shape[1], sizes[mode]) if policy.route == "randomized" else None
             if size is None:
@@ -257,7 +258,7 @@ def truncate(
                 )
                 v = jnp.matmul(rotations[mode], v, precision=HIGHEST)
             rank, held = chosen_rank(mode, energies, lost, exist)
-            rank = jnp.where(first, rank, jnp.minimum(exist, _columns(masks, mode)))
+            rank = jnp.where(first, rank, exist)
             bound[mode] = jnp.where(first, held, bound[mode])
             keep = jnp.arange(energies.shape[0]) < rank
             dropped = dropped + jnp.where(first, lost + jnp.sum(jnp.where(keep, 0, energies)), 0)

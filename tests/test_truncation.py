@@ -166,3 +166,14 @@ def test_hosvd_refuses_integers_and_vectors():
         hosvd(jnp.ones((4, 5), int))
     with pytest.raises(ValueError, match="two modes"):
         hosvd(jnp.ones(4))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_rounding_in_a_matrixs_second_mode_holds_no_rank_down(size):
+    """What leaks from the first mode's cut into the second is no direction that the arrays have no room for."""
+    rng = np.random.default_rng(size)
+    u, v = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
+    matrix = jnp.asarray((u * 10.0 ** (-6 * np.arange(size) / size)) @ v.T, jnp.float32)
+    for capacity in ((size, size), (size // 2, size // 2)):
+        cut = truncate(matrix, 0.03, capacity=capacity)
+        assert not cut.bound.any() and cut.rank[0] == cut.rank[1]

@@ -1,0 +1,33 @@
+"""What TDLRT is compared with: other low-rank formats, and pruning at initialization and by magnitude."""
+
+from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_to_dense
+from tdlrt_jax.baselines.matrix import matrix_conv
+from tdlrt_jax.baselines.pruning import (
+    apply_masks,
+    density_of,
+    grasp_scores,
+    iterative_magnitude_pruning,
+    magnitude_scores,
+    masks_from_scores,
+    pruned,
+    snip_scores,
+    weights_of_layers,
+)
+
+__all__ = [
+    "CPTensor",
+    "apply_masks",
+    "cp_als",
+    "cp_conv",
+    "cp_normal",
+    "cp_to_dense",
+    "density_of",
+    "grasp_scores",
+    "iterative_magnitude_pruning",
+    "magnitude_scores",
+    "masks_from_scores",
+    "matrix_conv",
+    "pruned",
+    "snip_scores",
+    "weights_of_layers",
+]

@@ -1,0 +1,136 @@
+"""Convolution by a kernel in CP format: a sum of ``R`` products of one vector a mode.
+
+``W = sum_r a_r^1 ∘ ... ∘ a_r^d`` keeps ``R sum_i n_i`` numbers. A layer reduces the image to ``R`` channels, convolves each of
+them along one spatial dimension after the other by a window of its own, and expands to the output channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from tdlrt_jax.conv.geometry import PaddingLike, output_size, pad_border, resolve
+
+__all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_to_dense"]
+
+
+class CPTensor(NamedTuple):
+    """A kernel in CP format, without separate weights."""
+
+    factors: tuple[Array, ...]  # (n_i, R) each
+
+
+def cp_to_dense(kernel: CPTensor) -> Array:
+    """``sum_r a_r^1 ∘ ... ∘ a_r^d``, ``(n_1, ..., n_d)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cp_to_dense(CPTensor((jnp.ones((2, 3)), jnp.ones((4, 3))))).tolist()[0]
+      [3.0, 3.0, 3.0, 3.0]
+    """
+    letters = "abcdefgh"[: len(kernel.factors)]
+    terms = ",".join(f"{letter}z" for letter in letters)
+    return jnp.einsum(f"{terms}->{letters}", *kernel.factors, precision=lax.Precision.HIGHEST)
+
+
+def cp_conv(
+    x: Array,
+    kernel: CPTensor,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    precision: Any = None,
+) -> Array:
+    """The convolution of ``x`` by a CP kernel ``(spatial..., in, out)``, channels last; the kernel is never formed.
+
+    Args:
+      x: ``(batch..., spatial..., in)``.
+      kernel: with factors ``(k_1, R), ..., (in, R), (out, R)``.
+      strides, padding, dilation, precision: as in :func:`tdlrt_jax.tucker_conv`.
+
+    Returns:
+      ``(batch..., spatial'..., out)``.
+
+    Raises:
+      ValueError: for factors that do not fit each other or the input.
+
+    Source: Lebedev et al. (2015).
+    """
+    *windows, first, last = kernel.factors
+    spatial = len(windows)
+    if (
+        len({factor.shape[1] for factor in kernel.factors}) != 1
+        or x.ndim < spatial + 1
+        or x.shape[-1] != first.shape[0]
+    ):
+        raise ValueError(
+            f"kernel has factors of shapes {[factor.shape for factor in kernel.factors]} for x of shape {x.shape}: expected "
+            f"(k_1, R), ..., (in, R), (out, R) with one R, and in = {x.shape[-1]}"
+        )
+    window = tuple(factor.shape[0] for factor in windows)
+    lead, image = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - 1 - spatial : -1]
+    geometry, border = resolve(window, image, strides=strides, padding=padding, dilation=dilation)
+    x, geometry = pad_border(x.reshape(math.prod(lead), *image, x.shape[-1]), geometry, border)
+    size = output_size(geometry, window, x.shape[1:-1])
+    y = jnp.matmul(x, first.astype(x.dtype), precision=precision)
+    pads = [(0, 0, 0), *[(*pad, 0) for pad in geometry.padding], (0, 0, 0)]
+    y = lax.pad(y, jnp.zeros((), y.dtype), pads)
+    for axis, factor in enumerate(windows, start=1):
+        stride, step, n = geometry.strides[axis - 1], geometry.dilation[axis - 1], size[axis - 1]
+        shifted = [
+            lax.slice_in_dim(y, o * step, o * step + max(n - 1, 0) * stride + min(n, 1), stride, axis)
+            for o in range(factor.shape[0])
+        ]
+        y = sum(part * row.astype(y.dtype) for part, row in zip(shifted, factor))
+    y = jnp.matmul(y, last.T.astype(y.dtype), precision=precision)
+    return y.reshape(*lead, *y.shape[1:])
+
+
+def cp_normal(
+    key: Array, shape: Sequence[int], rank: int, *, norm: Array | float, dtype: Any = jnp.float32
+) -> CPTensor:
+    """Gaussian factors, scaled alike so that the kernel has an expected squared norm of ``norm^2``.
+
+    The kernel's entries are sums of ``R`` independent products, of variance ``R s^(2 d)`` for factors of deviation ``s``.
+    """
+    _check_rank(rank)
+    deviation = (jnp.asarray(norm, dtype) ** 2 / (rank * math.prod(shape))) ** (1 / (2 * len(shape)))
+    keys = jax.random.split(key, len(shape))
+    return CPTensor(tuple(deviation * jax.random.normal(k, (n, rank), dtype) for k, n in zip(keys, shape)))
+
+
+def cp_als(dense: Array, rank: int, *, iterations: int = 100, seed: int = 0) -> CPTensor:
+    """The CP decomposition of a dense kernel by alternating least squares, with factors of equal norms; eager.
+
+    Raises:
+      ImportError: without tensorly, whose NumPy backend does it (its JAX backend would turn on float64 for the whole process).
+    """
+    _check_rank(rank)
+    try:
+        import tensorly
+        from tensorly.decomposition import parafac
+    except ImportError as error:
+        raise ImportError("cp_als needs tensorly: pip install 'tdlrt_jax[baselines]'") from error
+    with tensorly.backend_context("numpy"):
+        weights, factors = parafac(
+            np.asarray(dense, np.float64), rank, n_iter_max=iterations, init="random", random_state=seed
+        )
+    scale = np.ones(rank) if weights is None else np.asarray(weights)
+    norms = [np.linalg.norm(factor, axis=0) for factor in factors]
+    total = np.prod(norms, axis=0) * np.abs(scale)
+    shared = total ** (1 / len(factors))
+    balanced = [factor / np.where(n > 0, n, 1) * shared for factor, n in zip(factors, norms)]
+    balanced[0] = balanced[0] * np.sign(scale)
+    return CPTensor(tuple(jnp.asarray(factor, dense.dtype) for factor in balanced))
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be 1 or more")

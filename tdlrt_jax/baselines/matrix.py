@@ -1,0 +1,131 @@
+"""Convolution by a matricized kernel: the low-rank matrix format, with which the integrators are matrix DLRT.
+
+The kernel ``(spatial..., in, out)`` is looked at as a matrix ``W`` of ``prod(spatial) in`` rows and ``out`` columns and kept as a
+Tucker tensor of two modes, ``W = U_1 C U_2^T``. ``U_1`` is then itself the kernel of a convolution to ``r_1`` channels, and a
+layer is ``((x * U_1) C) U_2^T`` with ``*`` the convolution. Under :func:`tdlrt_jax.value_and_grad` all gradients of Theorem 1
+come from one pass, as for Tucker convolutions::
+
+    forward    A = x * U_1          B = A Q_2            Y  = B K_2^T
+    backward   P = dY U_2           E = P Q_1^T          dx = E *^T K_1
+               dK_2 = dY^T B        dK_1 = corr(x, E)    dC = A^T P
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.conv.convolution import convolve
+from tdlrt_jax.conv.geometry import Geometry, PaddingLike, pad_border, resolve
+from tdlrt_jax.frame import Frame
+from tdlrt_jax.tucker import TuckerTensor, kernel_shape
+
+__all__ = ["matrix_conv"]
+
+
+def matrix_conv(
+    x: Array,
+    kernel: TuckerTensor | Frame,
+    window: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    precision: Any = None,
+) -> Array:
+    """The convolution of ``x`` by a kernel kept as a low-rank matrix, channels last.
+
+    Args:
+      x: ``(batch..., spatial..., in)``.
+      kernel: of shape ``(prod(window) * in, out)``, rows in the order of ``(window..., in)``; both modes with factors. A Frame
+        differentiates by the gradients of Theorem 1, a TuckerTensor by the ordinary ones, to any order.
+      window: the kernel's spatial shape.
+      strides, padding, dilation, precision: as in :func:`tdlrt_jax.tucker_conv`.
+
+    Returns:
+      ``(batch..., spatial'..., out)``.
+
+    Raises:
+      ValueError: for a kernel that has other than two modes, a whole mode, or does not fit window and input.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tdlrt_jax.hosvd(jnp.arange(9 * 2 * 5.0).reshape(18, 5), rank=2)
+      >>> matrix_conv(jnp.ones((1, 6, 6, 2)), kernel, (3, 3)).shape
+      (1, 6, 6, 5)
+
+    Source: Schotthöfer, Zangrando, Kusch, Ceruti & Tudisco (2022), as the paper compares with it in section 4.
+    """
+    window = tuple(window)
+    factors = kernel.U if isinstance(kernel, Frame) else kernel.factors
+    if len(factors) != 2 or any(factor is None for factor in factors):
+        raise ValueError(
+            "kernel must be a TuckerTensor or Frame of two modes (prod(window) * in, out), both with factors, got "
+            f"{len(factors)} modes, of which {sum(factor is None for factor in factors)} are whole"
+        )
+    spatial = len(window)
+    rows = kernel_shape(kernel)[0]
+    if x.ndim < spatial + 1 or rows != math.prod(window) * x.shape[-1]:
+        raise ValueError(
+            f"kernel has {rows} rows: expected prod(window) * in for window={window} and x of shape {x.shape}"
+        )
+    lead, image = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - 1 - spatial : -1]
+    geometry, border = resolve(window, image, strides=strides, padding=padding, dilation=dilation)
+    x, geometry = pad_border(x.reshape(math.prod(lead), *image, x.shape[-1]), geometry, border)
+    reduce = partial(_reduce, window, geometry, precision)
+    if isinstance(kernel, Frame) and kernel.K is not None:
+        y = _one_pass(window, geometry, precision, x, kernel._replace(tap=None))
+    else:
+        if isinstance(kernel, Frame):
+            kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+        first, last = (jnp.asarray(factor) for factor in kernel.factors)
+        a = reduce(x, first)
+        y = _product(_product(a, kernel.core, precision), last.T, precision)
+    return y.reshape(*lead, *y.shape[1:])
+
+
+def _reduce(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, matrix: Array) -> Array:
+    """``x * U_1``: a convolution whose kernel has the rows of a matrix."""
+    kernel = matrix.reshape(*window, x.shape[-1], matrix.shape[1])
+    return convolve(x, kernel.astype(x.dtype), geometry, precision=precision)
+
+
+def _product(x: Array, matrix: Array, precision: Any) -> Array:
+    return jnp.matmul(x, matrix.astype(x.dtype), precision=precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _one_pass(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> Array:
+    return _forward(window, geometry, precision, x, frame)[0]
+
+
+def _forward(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> tuple[Array, Any]:
+    a = _reduce(window, geometry, precision, x, frame.U[0])
+    b = _product(a, frame.Q[1], precision)  # C = Ten_2(Q_2^T) ×_2 S_2, and K_2 = U_2 S_2
+    return _product(b, frame.K[1].T, precision), (x, a, b, frame)
+
+
+def _backward(
+    window: tuple[int, ...], geometry: Geometry, precision: Any, residuals: Any, dy: Array
+) -> tuple[Array, Frame]:
+    x, a, b, frame = residuals
+    reduce = partial(_reduce, window, geometry, precision)
+    rows, columns = (lambda z: z.reshape(-1, z.shape[-1])), partial(jnp.matmul, precision=precision)
+    p = _product(dy, frame.U[1], precision)
+    e = _product(p, frame.Q[0].T, precision)
+    (dx,) = jax.linear_transpose(lambda z: reduce(z, frame.K[0]), x)(e)
+    (first,) = jax.linear_transpose(lambda k: reduce(x, k), frame.K[0])(e)
+    # The small operand first: XLA's CPU backend transposes it for the product.
+    last = columns(rows(b).T, rows(dy)).T
+    core = columns(rows(a).T, rows(p))
+    gradient = Frame(core.astype(frame.core.dtype), (first, last.astype(frame.K[1].dtype)), None, None)  # type: ignore[arg-type]
+    return dx, gradient
+
+
+_one_pass.defvjp(_forward, _backward)

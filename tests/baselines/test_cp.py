@@ -1,0 +1,73 @@
+"""CP kernels: the convolution of their dense counterpart, what they store, and how they start."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tdlrt_jax.baselines import CPTensor, cp_als, cp_conv, cp_normal, cp_to_dense
+from tdlrt_jax.conv import tucker_conv
+
+CASES = [
+    ((3, 3), {}),
+    ((3, 2), {"strides": (2, 1), "padding": ((1, 0), (0, 2))}),
+    ((2, 3), {"dilation": 2, "padding": "VALID"}),
+    ((3, 3), {"padding": "CIRCULAR", "strides": 2}),
+    ((1, 1), {"strides": 2}),
+    ((3,), {"padding": "CAUSAL"}),
+]
+
+
+@pytest.mark.parametrize("window, options", CASES)
+def test_it_is_the_convolution_by_the_dense_kernel_and_so_are_its_gradients(window, options, x64, rng):
+    kernel = CPTensor(tuple(jnp.asarray(rng.normal(size=(n, 5))) for n in (*window, 4, 6)))
+    x = jnp.asarray(rng.normal(size=(2, *(7, 6)[: len(window)], 4)))
+
+    def ours(kernel, x):
+        return jnp.sum(jnp.sin(cp_conv(x, kernel, **options)))
+
+    def oracle(kernel, x):
+        return jnp.sum(jnp.sin(tucker_conv(x, cp_to_dense(kernel), **options)))
+
+    np.testing.assert_allclose(
+        cp_conv(x, kernel, **options), tucker_conv(x, cp_to_dense(kernel), **options), atol=1e-11
+    )
+    found, expected = (jax.grad(f, argnums=(0, 1))(kernel, x) for f in (ours, oracle))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+
+
+def test_the_dense_tensor_is_a_sum_of_outer_products(x64, rng):
+    a, b, c = (rng.normal(size=(n, 2)) for n in (2, 3, 4))
+    expected = sum(np.multiply.outer(np.multiply.outer(a[:, r], b[:, r]), c[:, r]) for r in range(2))
+    np.testing.assert_allclose(cp_to_dense(CPTensor((jnp.array(a), jnp.array(b), jnp.array(c)))), expected, atol=1e-14)
+
+
+def test_random_factors_have_the_norm_asked_for_on_average():
+    shape, norm = (3, 3, 8, 16), 2.5
+    kernels = jax.vmap(lambda key: cp_to_dense(cp_normal(key, shape, 64, norm=norm)))(
+        jax.random.split(jax.random.key(0), 200)
+    )
+    squares = np.sum(np.asarray(kernels, np.float64) ** 2, axis=(1, 2, 3, 4))
+    assert np.mean(squares) == pytest.approx(norm**2, rel=0.1)
+    kernel = cp_normal(jax.random.key(1), shape, 64, norm=norm)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kernel)) == 64 * (3 + 3 + 8 + 16)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    kernel = CPTensor(tuple(jnp.ones((n, 5)) for n in (3, 3, 4, 6)))
+    with pytest.raises(ValueError, match=r"for x of shape \(1, 5, 5, 3\): expected .* with one R, and in = 3"):
+        cp_conv(jnp.ones((1, 5, 5, 3)), kernel)
+    with pytest.raises(ValueError, match="rank=0 must be 1 or more"):
+        cp_normal(jax.random.key(0), (3, 3), 0, norm=1.0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorly") is None, reason="needs tensorly")
+def test_alternating_least_squares_recover_a_low_rank_kernel(rng):
+    exact = cp_to_dense(CPTensor(tuple(jnp.asarray(rng.normal(size=(n, 2)), jnp.float32) for n in (3, 3, 8, 6))))
+    found = cp_als(exact, 2, iterations=500)
+    assert jax.config.jax_enable_x64 is False
+    assert float(jnp.linalg.norm(cp_to_dense(found) - exact) / jnp.linalg.norm(exact)) < 1e-2
+    norms = np.array([np.linalg.norm(factor, axis=0) for factor in found.factors])
+    np.testing.assert_allclose(norms, np.broadcast_to(norms[0], norms.shape), rtol=1e-4)
