@@ -56,8 +56,8 @@ def profile(run: Callable[[], Any], compiled: Any, *, steps: int = 3) -> dict[st
       steps: how many runs are averaged.
 
     Returns:
-      ``{"milliseconds", "parts": {part: milliseconds}, "operations": [{"part", "kind", "shape", "milliseconds"}, ...]}`` of one
-      run; the operations are the twenty longest.
+      ``{"milliseconds", "parts": {part: milliseconds}, "kinds": {kind: milliseconds}, "operations": [{"part", "kind", "shape",
+      "milliseconds"}, ...]}`` of one run; the operations are the twenty longest.
     """
     import jax
 
@@ -75,6 +75,7 @@ def profile(run: Callable[[], Any], compiled: Any, *, steps: int = 3) -> dict[st
                     spent[str(name)] += event.duration_ns
     instructions = _instructions(compiled.as_text())
     parts: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
     operations: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for name, nanoseconds in spent.items():
         if name in instructions:
@@ -82,11 +83,13 @@ def profile(run: Callable[[], Any], compiled: Any, *, steps: int = 3) -> dict[st
             if kind not in _CONTAINERS:  # what they contain is listed too
                 part = part_of(operation, kind)
                 parts[part] += nanoseconds
+                kinds[kind] += nanoseconds
                 operations[part, kind, shape] += nanoseconds
     scale = 1e-6 / steps
     return {
         "milliseconds": sum(parts.values()) * scale,
         "parts": {part: value * scale for part, value in parts.most_common()},
+        "kinds": {kind: value * scale for kind, value in kinds.most_common(12)},
         "operations": [
             {"part": part, "kind": kind, "shape": shape, "milliseconds": value * scale}
             for (part, kind, shape), value in operations.most_common(20)

@@ -31,11 +31,33 @@ def markdown(directory: Path) -> str:
     ]
     for section, render in _SECTIONS.items():
         cells = Results(directory / f"{section}.json").cells
+        if section == "steps" and len(cells) > 1:
+            parts.append(f"## Overview\n\n{overview(cells)}\n")
         if cells:
             parts.append(f"## {section.capitalize()}\n")
             for key, cell in cells.items():
                 parts.append(f"### {key}\n\n{_where(cell['environment'])}\n\n{render(cell['result'])}\n")
     return "\n".join(parts)
+
+
+def overview(cells: dict[str, dict[str, Any]]) -> str:
+    """Seconds of a training step in all networks, with the ratio to dense PyTorch's, or dense JAX's where it was not measured."""
+    results = {key: cell["result"]["methods"] for key, cell in cells.items()}
+    names = list(dict.fromkeys(name for methods in results.values() for name in methods))
+    rows = []
+    for name in names:
+        row = [name]
+        for methods in results.values():
+            if name not in methods:
+                row.append("")
+                continue
+            ratios = methods[name]["ratio"]
+            to = "torch dense" if "torch dense" in ratios else "dense"
+            row.append(f"{methods[name]['seconds']['median']:.3f} ({ratios[to]['of_medians']:.2f})")
+        rows.append(row)
+    return "Seconds of a step, and its ratio to dense PyTorch's (dense JAX's where there is no PyTorch).\n\n" + table(
+        ["method", *results], rows
+    )
 
 
 def _where(environment: dict[str, Any]) -> str:
@@ -133,11 +155,15 @@ def _parts(result: dict[str, Any]) -> str:
     methods = result["methods"]
     parts = list(dict.fromkeys(part for entry in methods.values() for part in entry["parts"]))
     rows = [[part, *[f"{entry['parts'].get(part, 0):.1f}" for entry in methods.values()]] for part in parts]
+    kinds = list(dict.fromkeys(kind for entry in methods.values() for kind in list(entry["kinds"])[:6]))
+    rows += [[f"*{kind}*", *[f"{entry['kinds'].get(kind, 0):.1f}" for entry in methods.values()]] for kind in kinds]
     rows.append(["all operations", *[f"{entry['milliseconds']:.1f}" for entry in methods.values()]])
     rows.append(["the step by the clock", *[f"{1e3 * entry['seconds']['median']:.1f}" for entry in methods.values()]])
-    return "Milliseconds by JAX's profiler; operations overlap on several threads.\n\n" + table(
-        ["part", *methods], rows
+    title = (
+        "Milliseconds by JAX's profiler, by part of the step and by *kind of operation*; operations overlap on several "
+        "threads."
     )
+    return f"{title}\n\n{table(['part', *methods], rows)}"
 
 
 def _growth(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from tdlrt_jax.nn import linen
 from tdlrt_jax.nn.convert import densify, tuckerize
+from tdlrt_jax.nn.formats import CPConv, MatrixConv
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
 from tdlrt_jax.nn.plain import to_plain
 from tdlrt_jax.nn.summary import summarize
@@ -9,6 +10,8 @@ from tdlrt_jax.nn.training import tdlrt, tdlrt_step, value_and_grad, value_and_g
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
 
 __all__ = [
+    "CPConv",
+    "MatrixConv",
     "TuckerConv",
     "TuckerConvTranspose",
     "TuckerLinear",
