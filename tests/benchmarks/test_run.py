@@ -154,3 +154,13 @@ def test_every_section_has_cells_at_every_scale():
             found = importlib.import_module(f"benchmarks.{section}").cells(options)
             assert found and len({cell.key for cell in found}) == len(found)
     assert isinstance(OPTIONS, cells.Options)
+
+
+def test_the_committed_tables_are_those_of_the_committed_files():
+    from pathlib import Path
+
+    results = Path(run.__file__).parent / "results"
+    directories = [path for path in results.iterdir() if path.is_dir()]
+    assert directories
+    for directory in directories:
+        assert (directory / "README.md").read_text() == report.markdown(directory)
