@@ -1,6 +1,8 @@
 """What every test shares: float64 on request, and deterministic property tests."""
 
+import gc
 import os
+from pathlib import Path
 
 import jaxlib
 
@@ -22,6 +24,21 @@ settings.register_profile(
     "ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("ci")
+
+
+# Linux gives a process 65,530 memory mappings, and every compiled program takes some: thousands of compilations in one
+# process end it, by an abort or a segmentation fault in the compiler or wherever it next needs memory.
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 12_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_mappings():
+    """Forgets compiled programs after a module, once there are many."""
+    yield
+    if MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

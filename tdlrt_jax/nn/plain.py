@@ -60,10 +60,10 @@ def to_plain(model: Any, example: Any = None, *, plan: str | None = None, device
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from tdlrt_jax.nn import TuckerConv
-      >>> layer = TuckerConv(64, 64, (3, 3), strides=2, rank=8, rngs=nnx.Rngs(0))
+      >>> layer = TuckerConv(64, 64, (3, 3), strides=2, rank=16, rngs=nnx.Rngs(0))
       >>> plain = to_plain(layer, jax.ShapeDtypeStruct((1, 16, 16, 64), jnp.float32))
       >>> [stage.kernel.shape for stage in plain.layers]
-      [(1, 1, 64, 8), (3, 3, 8, 8), (1, 1, 8, 64)]
+      [(1, 1, 64, 16), (3, 3, 16, 16), (1, 1, 16, 64)]
     """
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
