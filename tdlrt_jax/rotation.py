@@ -19,9 +19,8 @@ __all__ = ["ALL_ROUNDS", "khatri_rao", "principal_rotation", "randomized_rotatio
 ALL_ROUNDS = 4  # of principal_rotation, after which all directions are separated to rounding
 
 # Of a sketch: directions beyond the capacity; the part of the dropped energy that it may lose before there is a power iteration;
-# and how many of these at most. Where the capacity holds ranks down, the error is 1.2 to 2 times the least at the same ranks
-# without an iteration, 1.002 to 1.09 times with one (the most where singular values decay slowly); a second costs more than its
-# few percent are worth.
+# and how many of these at most. Without one the error is well above the least at the same ranks where the capacity holds them
+# down (tests/test_randomized.py bounds it with one); a second costs as much again.
 OVERSAMPLING = 8
 SKETCH_LOSS = 0.01
 POWER_ITERATIONS = 1

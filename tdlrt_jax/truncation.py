@@ -46,11 +46,10 @@ class RankPolicy(NamedTuple):
     spare: directions kept beyond what the tolerance asks for.
     min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
     route: ``"gram"`` rotates by all directions of a mode; ``"randomized"`` only by those of a random sketch of it, where that is
-      expected to be cheaper: where the capacity is well below the mode's size (on a CPU, at an eighth a fifth to two fifths less
-      time). The augmented core of a step is only twice as large: a convolution's, sketched, takes 0.85 (rank 256, nothing lost)
-      to 1.7 times as long, so only those of large matrices are. Reported errors are exact and count what a sketch lost, so the
+      expected to be cheaper: where the capacity is well below the mode's size. The augmented core of a step is only twice as
+      large, and of these only large matrices' are sketched. Reported errors are exact and count what a sketch lost, so the
       tolerance holds all the same. Ranks are those of ``"gram"`` unless a tail is within 1% of its threshold (in norm) or the
-      capacity holds them down; in that case the error may be some percent above the least.
+      capacity holds them down; in that case the error may be somewhat above the least.
     """
 
     criterion: Criterion = "tail"

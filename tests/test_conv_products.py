@@ -1,0 +1,55 @@
+"""A convolution carried out as matrix products, which is what control flow on the CPU takes, is the same convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tdlrt_jax import tdlrt, tdlrt_step, to_dense, tucker_conv
+from tdlrt_jax.conv.convolution import convolve
+from tdlrt_jax.conv.geometry import resolve
+from tests.helpers import random_kernel
+
+CASES = [
+    ((3, 3), 20, {}),
+    ((3, 2), 20, {"strides": (2, 1), "padding": ((1, 0), (0, 2))}),
+    ((2, 3), 17, {"dilation": 2, "padding": "VALID"}),
+    ((3, 3), 3, {"strides": 2}),
+    ((3,), 16, {"padding": "CAUSAL"}),
+    ((3, 3), 16, {"padding": ((2, 1), (1, 2)), "input_dilation": 2}),
+    ((3, 3), 4, {"groups": 2}),
+]
+
+
+@pytest.mark.parametrize("window, channels, options", CASES)
+def test_products_are_the_convolution_with_both_its_gradients(window, channels, options, x64, rng):
+    image = (7, 6)[: len(window)]
+    geometry, _ = resolve(window, image, **options)
+    x = jnp.asarray(rng.normal(size=(2, *image, channels * geometry.groups)))
+    kernel = jnp.asarray(rng.normal(size=(*window, channels, 6)))
+
+    def of(products):
+        return lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel, geometry, products=products)))
+
+    found, expected = (jax.value_and_grad(of(p), argnums=(0, 1))(x, kernel) for p in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+
+
+def test_amortized_steps_are_those_of_a_second_pass(x64, rng):
+    """With enough channels for a product a position; the adaptation at the first and fourth step lies in a cond."""
+    params = {"w": random_kernel(rng, (3, 3, 36, 36), (None, None, 18, 18))}
+    x, y = (jnp.asarray(rng.normal(size=(2, 5, 5, 36))) for _ in range(2))
+    tx = tdlrt(optax.sgd(1.0, momentum=0.9), tolerance=0.02, adapt_every=3)
+
+    def loss_fn(params, x, y):
+        return jnp.mean((tucker_conv(x, params["w"], plan="factored") - y) ** 2)
+
+    ends = []
+    for second_pass in (False, True):
+        step = tdlrt_step(loss_fn, tx, donate=False, second_pass=second_pass)
+        current, state = params, tx.init(params)
+        for _ in range(4):
+            current, state, _ = step(current, state, x, y)
+        ends.append(to_dense(current["w"]))
+    np.testing.assert_allclose(*ends, atol=1e-10)
