@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.cells import Cell, Options
-from benchmarks.networks import CLASSES, Network, build, compression_of, fraction_for, images
-from benchmarks.steps import PEERS, networks, peer_ranks
+from benchmarks.networks import Network, build, compression_of, fraction_for, images
+from benchmarks.steps import PEERS, build_peer, networks, run_peer
 from benchmarks.timing import in_turn, ratio, spread
 
 __all__ = ["cells"]
@@ -87,21 +87,8 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
         if peer is not None:
             for method in PEERS:
                 say(f"PyTorch, {method}")
-                facts[f"torch {method}"] = peer.build(
-                    method,
-                    mode="infer",
-                    model=network.model,
-                    method=method,
-                    width=network.width,
-                    num_classes=CLASSES,
-                    image=[32, 32],
-                    batch=network.batch,
-                    ranks=None if method == "dense" else peer_ranks(network),
-                    learning_rate=0.01,
-                    momentum=0.9,
-                    seed=0,
-                )
-                programs[f"torch {method}"] = partial(_run_peer, peer, method)
+                facts[f"torch {method}"] = build_peer(peer, network, method, "infer")
+                programs[f"torch {method}"] = partial(run_peer, peer, method)
         say(f"timing {options.rounds} rounds of {len(programs)} forms in turn")
         seconds = in_turn(programs, rounds=options.rounds)
     return {
@@ -124,8 +111,3 @@ def _run(compiled: Callable[..., Any], *arguments: Any) -> None:
     import jax
 
     jax.block_until_ready(compiled(*arguments))
-
-
-def _run_peer(peer: Any, name: str) -> float:
-    (seconds,) = peer.run(name, steps=1)
-    return float(seconds)

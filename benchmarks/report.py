@@ -228,6 +228,11 @@ def _truncation(result: dict[str, Any]) -> str:
     )
 
 
+def _convolutions(result: dict[str, Any]) -> str:
+    rows = [[name, f"{1e3 * entry['median']:.2f}"] for name, entry in result["seconds"].items()]
+    return f"Batch {result['batch']}.\n\n{table(['program', 'ms'], rows)}"
+
+
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": _steps,
     "inference": _inference,
@@ -235,4 +240,5 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "growth": _growth,
     "compilations": _compilations,
     "truncation": _truncation,
+    "convolutions": _convolutions,
 }

@@ -1,7 +1,8 @@
 """Measures what TDLRT costs beside every alternative, on this machine: ``python -m benchmarks.run``.
 
 Sections (all by default): steps (training steps of all methods), inference, parts (of a step, by a profile and by layer), growth
-(of cost with width, rank and batch), compilations (of whole runs, and the persistent cache), truncation (its two routes). Every
+(of cost with width, rank and batch), compilations (of whole runs, and the persistent cache), truncation (its two routes),
+convolutions (inside of control flow, and of few channels). Every
 cell is kept as soon as it is measured, in OUTPUT/SECTION.json, and cells that are there are not measured again; OUTPUT/README.md
 has the tables. Methods are timed in turn in one process: compare times within one cell, not between cells or files.
 """
@@ -21,7 +22,7 @@ from benchmarks.cells import Options, Results, ResultsError
 
 __all__ = ["SCALES", "SECTIONS", "main"]
 
-SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation")
+SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions")
 _METHODS = ("dense", "factorized", "bug", "parallel", "fixed_rank", "amortized", "paper")
 _CPU = Options(
     models=("vgg16", "alexnet", "resnet18"),

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from benchmarks.cells import Cell, Options
-from benchmarks.networks import Network, compression_of, fraction_for, kernels
+from benchmarks.networks import CLASSES, Network, compression_of, fraction_for, kernels
 from benchmarks.timing import in_turn, ratio, spread
 
-__all__ = ["cells", "networks", "peer_ranks"]
+__all__ = ["build_peer", "cells", "networks", "peer_ranks", "run_peer"]
 
 PEERS = ("dense", "factorized", "tensorly")
 BASELINES = ("dense", "factorized", "torch dense")
@@ -54,21 +54,8 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
         if peer is not None:
             for method in PEERS:
                 say(f"PyTorch, {method}")
-                facts[f"torch {method}"] = peer.build(
-                    method,
-                    mode="train",
-                    model=network.model,
-                    method=method,
-                    width=network.width,
-                    num_classes=10,
-                    image=[32, 32],
-                    batch=network.batch,
-                    ranks=None if method == "dense" else peer_ranks(network),
-                    learning_rate=0.01,
-                    momentum=0.9,
-                    seed=0,
-                )
-                programs[f"torch {method}"] = partial(_run_peer, peer, method)
+                facts[f"torch {method}"] = build_peer(peer, network, method, "train")
+                programs[f"torch {method}"] = partial(run_peer, peer, method)
         say(f"timing {options.rounds} rounds of {len(programs)} methods in turn")
         seconds = in_turn(programs, rounds=options.rounds)
         versions = peer.versions if peer is not None else None
@@ -92,6 +79,26 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
     }
 
 
-def _run_peer(peer: Any, name: str) -> float:
+def build_peer(peer: Any, network: Network, method: str, mode: str) -> dict[str, Any]:
+    """Builds a network in the peers' process, for ``"train"`` or ``"infer"``; what it says of it."""
+    facts: dict[str, Any] = peer.build(
+        method,
+        mode=mode,
+        model=network.model,
+        method=method,
+        width=network.width,
+        num_classes=CLASSES,
+        image=[32, 32],
+        batch=network.batch,
+        ranks=None if method == "dense" else peer_ranks(network),
+        learning_rate=0.01,
+        momentum=0.9,
+        seed=0,
+    )
+    return facts
+
+
+def run_peer(peer: Any, name: str) -> float:
+    """Seconds of one step of a network in the peers' process."""
     (seconds,) = peer.run(name, steps=1)
     return float(seconds)

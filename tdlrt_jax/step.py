@@ -122,7 +122,7 @@ def tdlrt_step(
         micro_batches = jax.tree.map(_split(accumulate), batch)
         shapes = jax.eval_shape(gradient, params, model_state, *jax.tree.map(lambda leaf: leaf[0], micro_batches))
         (loss, _), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        # XLA's CPU convolutions are 30 to 100 times slower inside of a loop.
+        # XLA's CPU convolutions are 15 to 77 times slower inside of a loop (benchmarks/results/cpu).
         unroll = jax.default_backend() == "cpu"
         start = (model_state, loss, grads)
         (model_state, loss, grads), aux = jax.lax.scan(micro_step, start, micro_batches, unroll=unroll)

@@ -61,8 +61,8 @@ class _Balance(NamedTuple):
 
 
 # Fitted to timings on two CPU cores (jax 0.10, float32; 1 to 512 channels, 2x2 to 32x32 pixels), which they follow only
-# roughly; the last two terms are what makes convolutions of few channels slow: one of 1 to 3 in-channels takes as long as
-# one of 8 to 16.
+# roughly; the last two terms are what makes convolutions of few channels slow: one in-channel takes two thirds of the time
+# of eight (benchmarks/results/cpu).
 _BALANCE = {"cpu": _Balance(10.0, 200.0, 1.0)}
 _NARROW = 16
 # Not measured: the ratio of float32 arithmetic to memory bandwidth in the data sheets of current accelerators.
