@@ -33,7 +33,8 @@ def convolve(
     A pointwise kernel (and no spatial dimension at all) is a matrix product. On the CPU so is a window wider than the
     image, where XLA leaves its fast convolution and is far slower than the product; for larger images the convolution is
     as fast or faster. With ``products`` it is matrix products in any case: inside of ``lax.cond``, ``scan`` and
-    ``while_loop`` XLA's CPU convolutions take 15 to 77 times as long (jaxlib 0.10, benchmarks/results/cpu), its matrix products do not.
+    ``while_loop`` XLA's CPU convolutions take 15 to 77 times as long (jaxlib 0.10, benchmarks/results/cpu), its matrix
+    products do not.
     """
     window, image = kernel.shape[:-2], x.shape[1:-1]
     if products and geometry.groups == 1 and kernel.shape[-2] >= _MANY_CHANNELS:
