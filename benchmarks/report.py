@@ -233,6 +233,21 @@ def _convolutions(result: dict[str, Any]) -> str:
     return f"Batch {result['batch']}.\n\n{table(['program', 'ms'], rows)}"
 
 
+def _pages(result: dict[str, Any]) -> str:
+    of = result["seconds"]
+    rows = [
+        [
+            method,
+            *[f"{of[name][method]['median']:.4g}" for name in of],
+            f"{of['with'][method]['median'] / plain['median']:.2f}",
+        ]
+        for method, plain in of["without"].items()
+    ]
+    rows.append(["pages handed out a round", *[f"{result['faults'][name]['median']:.0f}" for name in of], ""])
+    settings = ", ".join(f"`{name}={value}`" for name, value in result["settings"].items())
+    return f"Seconds of a step without and with {settings}.\n\n{table(['method', *of, 'ratio'], rows)}"
+
+
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": _steps,
     "inference": _inference,
@@ -241,4 +256,5 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compilations": _compilations,
     "truncation": _truncation,
     "convolutions": _convolutions,
+    "pages": _pages,
 }

@@ -2,16 +2,17 @@
 
 Sections (all by default): steps (training steps of all methods), inference, parts (of a step, by a profile and by layer), growth
 (of cost with width, rank and batch), compilations (of whole runs, and the persistent cache), truncation (its two routes),
-convolutions (inside of control flow, and of few channels). Every
-cell is kept as soon as it is measured, in OUTPUT/SECTION.json, and cells that are there are not measured again; OUTPUT/README.md
-has the tables. Methods are timed in turn in one process: compare times within one cell, not between cells or files.
+convolutions (inside of control flow, and of few channels), pages (of memory, and what they cost).
+
+Every cell is kept as soon as it is measured, in OUTPUT/SECTION.json, and cells that are there are not measured again;
+OUTPUT/README.md has the tables. Methods are timed in turn in one process: compare times within one cell, not between cells or
+files.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Options, Results, ResultsError
+from experiments.process import start_over
 
 __all__ = ["SCALES", "SECTIONS", "main"]
 
-SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions")
+SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages")
 _METHODS = ("dense", "factorized", "bug", "parallel", "fixed_rank", "amortized", "paper")
 _CPU = Options(
     models=("vgg16", "alexnet", "resnet18"),
@@ -85,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure cells anew that are there")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     given = parser.parse_args(argv)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from benchmarks.peers import available
 
@@ -149,7 +150,7 @@ def _measure(options: Options, sections: Sequence[str], output: Path, *, again: 
 
         say("...")
         stored = environment([])
-        kept: dict[str, Any] = {key: stored[key] for key in ("hardware", "versions", "commit", "started")}
+        kept: dict[str, Any] = {key: stored[key] for key in ("hardware", "settings", "versions", "commit", "started")}
         try:
             result = cell.measure(say)
         except Exception as error:  # one cell that fails does not take the others with it
@@ -166,4 +167,5 @@ def _measure(options: Options, sections: Sequence[str], output: Path, *, again: 
 
 
 if __name__ == "__main__":
+    start_over()
     sys.exit(main())

@@ -317,7 +317,10 @@ class _Job:
         self._plot()
         stored = self.directory.config() or {}
         result = {
-            **{key: stored[key] for key in ("options", "command", "commit", "versions", "hardware", "started")},
+            **{
+                key: stored[key]
+                for key in ("options", "command", "commit", "versions", "hardware", "settings", "started")
+            },
             "seed": self.config.run.seed,
             "data": self.loaded.source,
             "images": {

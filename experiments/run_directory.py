@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import LOCATIONS, TrainConfig
+from experiments.process import SETTINGS
 
 __all__ = ["RunDirectory", "RunDirectoryError", "environment"]
 
@@ -151,7 +152,7 @@ def default_path(config: TrainConfig) -> Path:
 
 
 def environment(argv: list[str]) -> dict[str, Any]:
-    """What a result depends on beside its options: command, commit, versions, hardware."""
+    """What a result depends on beside its options: command, commit, versions, hardware, settings of the process."""
     import jax
 
     devices = jax.devices()
@@ -161,6 +162,7 @@ def environment(argv: list[str]) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}; {accelerator}",
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.process import start_over
 
 __all__ = ["main", "measure"]
 
@@ -27,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="steps of each run that are timed")
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     options = parser.parse_args(argv)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         result = measure(options.runs, rounds=options.rounds)
     except (ValueError, FileNotFoundError) as error:
@@ -47,8 +47,9 @@ def measure(directories: Sequence[Path], *, rounds: int = 30) -> dict[str, Any]:
       rounds: how often each run's step is timed, 1 or more; two more go before that are not.
 
     Returns:
-      ``{"hardware", "versions", "commit", "rounds", "runs": {name: {...}}}``: seconds (median, lowest, highest), compile seconds,
-      and bytes of parameters and optimizer state, of the step's temporaries and of its peak without the data set.
+      ``{"hardware", "settings", "versions", "commit", "rounds", "runs": {name: {...}}}``: seconds (median, lowest, highest),
+      compile seconds, and bytes of parameters and optimizer state, of the step's temporaries and of its peak without the
+      data set.
 
     Raises:
       ValueError: for a directory that holds no finished run.
@@ -71,7 +72,7 @@ def measure(directories: Sequence[Path], *, rounds: int = 30) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - started)
     stored = environment([])
     return {
-        **{key: stored[key] for key in ("hardware", "versions", "commit")},
+        **{key: stored[key] for key in ("hardware", "settings", "versions", "commit")},
         "backend": jax.default_backend(),
         "rounds": rounds,
         "runs": {
@@ -171,4 +172,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    start_over()
     sys.exit(main())

@@ -6,13 +6,13 @@ every kernel. ``--help`` lists the options.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 import tyro
 
 from experiments.config import TrainConfig
+from experiments.process import start_over
 
 __all__ = ["main"]
 
@@ -35,9 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=argv,
             config=(tyro.conf.OmitArgPrefixes,),
         )
-        # jaxlib factorizes on the CPU by scipy's OpenBLAS, whose threads wait for one another within every small QR: with
-        # a busy neighbour a step takes many times as long. Read at its loading.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Imported only now, so that --help and mistyped options answer at once.
         from experiments import job
 
@@ -51,4 +48,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start_over()
     sys.exit(main())
