@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +15,14 @@ from optax import contrib
 import tdlrt_jax
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.data import Dataset
+from experiments.metrics import layers, totals
 from tdlrt_jax import models
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.initialization import Rank
-from tdlrt_jax.nn import TuckerConv, TuckerLinear
+from tdlrt_jax.nn import CPConv, MatrixConv, TuckerConv, TuckerLinear
+from tdlrt_jax.nn.summary import layer_kind, layers_with_kernels, module_path
 
-__all__ = ["build_model", "build_optimizer", "learning_rate"]
+__all__ = ["build_descent", "build_model", "build_optimizer", "is_pruned", "kinds_of", "learning_rate"]
 
 _MODELS = {"lenet5": models.LeNet5, "alexnet": models.AlexNet, "vgg16": models.VGG16, "resnet18": models.ResNet18}
 
@@ -28,31 +31,82 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     """A freshly initialized network for the images and classes of a data set.
 
     Raises:
-      ValueError: if the images do not suit the network.
+      ValueError: if the images do not suit the network, or ``config.compression`` is out of its reach.
     """
-    height, width, channels = dataset.train.images.shape[1:]
-    # The same fast convolution for small images that Tucker layers have: a dense network is to be a fair match.
-    layers: dict[str, Any] = {"conv": functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)}
-    if config.method == "tdlrt":
-        layers["conv"] = functools.partial(_tucker_conv, config)
-    if config.model == "lenet5":
-        if config.method == "tdlrt" and config.linear:
-            layers["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
-    else:
-        layers["width"] = config.width
-
+    if config.compression is not None and config.parts.layer != "dense":
+        config = dataclasses.replace(config, rank=rank_of_compression(config, dataset), compression=None)
+    build = functools.partial(_build, config, dataset, seed)
+    if config.parts.layer == "cp" and config.initialization == "hosvd":
+        return build()  # its alternating least squares are NumPy's
     # Jitted as a whole: drawing the kernels operation by operation would compile each of them.
-    @nnx.jit
-    def build() -> nnx.Module:
-        return _MODELS[config.model](
-            num_classes=dataset.classes,
-            input_channels=channels,
-            input_shape=(height, width),
-            rngs=nnx.Rngs(seed),
-            **layers,
-        )
+    return nnx.jit(build)()
 
-    return build()
+
+def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
+    height, width, channels = dataset.train.images.shape[1:]
+    parts: dict[str, Any] = {"conv": _convolution(config)}
+    if config.model != "lenet5":
+        parts["width"] = config.width
+    elif config.parts.layer != "dense" and config.linear:
+        parts["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
+    return _MODELS[config.model](
+        num_classes=dataset.classes,
+        input_channels=channels,
+        input_shape=(height, width),
+        rngs=nnx.Rngs(seed),
+        **parts,
+    )
+
+
+def _convolution(config: ModelConfig) -> Any:
+    """The layer that convolutions are, called as ``nnx.Conv`` is."""
+    if config.parts.layer == "tucker":
+        return functools.partial(_tucker_conv, config)
+    if config.parts.layer == "matrix":
+        return functools.partial(MatrixConv, rank=config.rank, initialization=config.initialization)
+    if config.parts.layer == "cp":
+        names = {"dense": "normal", "hosvd": "als", "spectral": "spectral"}
+        return functools.partial(CPConv, rank=config.rank, initialization=names[config.initialization])
+    # The same fast convolution for small images that Tucker layers have: a dense network is to be a fair match.
+    return functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+
+
+def rank_of_compression(config: ModelConfig, dataset: Dataset) -> float:
+    """The largest fraction ``kappa`` of the full ranks, to a thousandth, with which the convolutions have a compression or more.
+
+    Raises:
+      ValueError: if no rank has it.
+    """
+    target = config.compression
+    assert target is not None
+
+    def compression(kappa: float) -> float:
+        # Shapes alone are wanted, so any initialization will do.
+        trial = dataclasses.replace(config, rank=kappa, initialization="dense", compression=None)
+        model = nnx.eval_shape(functools.partial(_build, trial, dataset, 0))
+        params = nnx.as_pure(nnx.state(model, nnx.Param))
+        return totals(layers(params, kinds_of(model))).conv_compression
+
+    low, high = 1, 1001
+    if compression(low / 1000) < target:
+        raise ValueError(
+            f"--compression {target}: {config.model} as {config.method} has at most {compression(low / 1000):.4f}, at its "
+            "lowest ranks"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if compression(middle / 1000) >= target else (low, middle)
+    return low / 1000
+
+
+def kinds_of(model: nnx.Module) -> dict[str, str]:
+    """The kind of every layer with a kernel, by its path: see :data:`tdlrt_jax.report.KINDS`."""
+    return {module_path(path): layer_kind(module) for path, module in layers_with_kernels(model).items()}
+
+
+def is_pruned(config: ModelConfig, kinds: dict[str, str], name: str) -> bool:
+    """Whether a layer's kernel is pruned: convolutions, and hidden linear layers where these are compressed by others too."""
+    return kinds.get(name) == "convolution" or (config.linear and kinds.get(name) == "linear" and name != "classifier")
 
 
 def _tucker_conv(
@@ -66,13 +120,8 @@ def _tucker_conv(
     return TuckerConv(channels, filters, kernel_size, rank=rank, initialization=config.initialization, **options)
 
 
-def build_optimizer(
-    optimizer: OptimizerConfig, tdlrt: TdlrtConfig, steps_per_epoch: int
-) -> optax.GradientTransformationExtraArgs:
-    """The descent step with clipping, weight decay and schedule inside ``tdlrt``.
-
-    On a network without Tucker kernels ``tdlrt`` is the descent step alone, so dense training takes the same path.
-    """
+def build_descent(optimizer: OptimizerConfig, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+    """The descent step with clipping, weight decay and schedule."""
     schedule = _schedule(optimizer, steps_per_epoch)
     parts: list[optax.GradientTransformation] = []
     if optimizer.clip is not None:
@@ -89,8 +138,15 @@ def build_optimizer(
         # Accumulating over an epoch makes it the usual schedule, which looks at the loss of whole epochs.
         plateau = contrib.reduce_on_plateau(factor=0.1, patience=optimizer.patience, accumulation_size=steps_per_epoch)
         parts.append(plateau)
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def build_optimizer(
+    optimizer: OptimizerConfig, tdlrt: TdlrtConfig, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """The descent step inside ``tdlrt``, for the methods that adapt ranks."""
     return tdlrt_jax.tdlrt(
-        optax.chain(*parts),
+        build_descent(optimizer, steps_per_epoch),
         tolerance=_tolerance(tdlrt, optimizer.epochs, steps_per_epoch),
         integrator=tdlrt.integrator,
         criterion=tdlrt.criterion,
@@ -117,10 +173,10 @@ def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:
     return optimizer.learning_rate
 
 
-def learning_rate(optimizer: OptimizerConfig, steps_per_epoch: int, opt_state: Any) -> float:
-    """The learning rate of the next step."""
+def learning_rate(optimizer: OptimizerConfig, steps_per_epoch: int, step: int, opt_state: Any) -> float:
+    """The learning rate of step ``step`` of a training (a round of ``imp``), from 0 on."""
     schedule = _schedule(optimizer, steps_per_epoch)
-    rate = float(schedule(opt_state.step)) if callable(schedule) else schedule
+    rate = float(schedule(step)) if callable(schedule) else schedule
 
     def is_plateau(node: Any) -> bool:
         return isinstance(node, contrib.ReduceLROnPlateauState)

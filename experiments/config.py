@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "TdlrtConfig", "TrainConfig", "from_json"]
+from experiments.methods import METHODS, Method
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PruningConfig",
+    "RunConfig",
+    "TdlrtConfig",
+    "TrainConfig",
+    "from_json",
+]
 
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
 
@@ -75,12 +86,18 @@ class ModelConfig:
     """The network."""
     width: float = 1.0
     """Factor of all numbers of filters, for a narrower network (not of lenet5)."""
-    method: Literal["tdlrt", "dense"] = "tdlrt"
-    """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network."""
+    method: Literal["tdlrt", "dense", "matrix_dlrt", "tucker", "matrix", "cp", "snip", "grasp", "imp"] = "tdlrt"
+    """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network. matrix_dlrt: as tdlrt,
+    of kernels reshaped to matrices. tucker, matrix, cp: kernels in these formats with fixed ranks, all factors trained at once by
+    plain gradients. snip, grasp: dense kernels, pruned before training. imp: pruned by magnitude and rewound, in rounds."""
     linear: bool = True
-    """Hidden linear layers in Tucker format too (as low-rank matrices). The paper compresses convolutions only."""
+    """Hidden linear layers in Tucker format (as low-rank matrices), or pruned, too. The paper compresses convolutions only."""
     rank: int | float = 20
-    """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0)."""
+    """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0). Of cp: the
+    number of terms, or a fraction of the number at which it saves nothing."""
+    compression: float | None = None
+    """Of the convolutions, 0.9 to keep a tenth, at least: decides the fixed ranks of tucker, matrix and cp in place of --rank,
+    and what snip, grasp and imp prune."""
     spatial: Literal["tucker", "whole"] = "tucker"
     """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
@@ -94,11 +111,23 @@ class ModelConfig:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:
             raise ValueError(f"--rank {self.rank}: expected a fraction up to 1.0 or a whole number")
+        if self.compression is not None and not 0 < self.compression < 1:
+            raise ValueError(f"--compression {self.compression}: expected a number between 0 and 1, such as 0.95")
+        if self.parts.pruning and self.compression is None:
+            raise ValueError(f"--method {self.method}: say how much to prune with --compression, such as 0.9")
+        if self.compression is not None and (self.parts.adaptive or self.method == "dense"):
+            remedy = "" if self.method == "dense" else ": reach it with --budget"
+            raise ValueError(f"--compression {self.compression} has no effect on --method {self.method}{remedy}")
+
+    @property
+    def parts(self) -> Method:
+        """What the method is made of."""
+        return METHODS[self.method]
 
 
 @dataclass(frozen=True)
 class TdlrtConfig:
-    """TDLRT: how ranks are chosen. Without effect for --method dense."""
+    """TDLRT: how ranks are chosen, by --method tdlrt and matrix_dlrt alone."""
 
     tau: float = 0.2
     """Relative tolerance of the truncation (line 11 of Algorithm 1): larger compresses more."""
@@ -149,6 +178,22 @@ class TdlrtConfig:
 
 
 @dataclass(frozen=True)
+class PruningConfig:
+    """Pruning: of --method snip, grasp and imp."""
+
+    rounds: int = 3
+    """imp: how often weights are removed, the same part of those left each time. It trains for --epochs before each, and last."""
+    rewind_epochs: int = 0
+    """imp: epochs of the first round after which weights are what the others start from; 0: the initialization."""
+    score_images: int = 256
+    """snip, grasp: training images by which weights are scored."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("rounds", 1), ("rewind_epochs", 0), ("score_images", 1)):
+            _at_least(self, name, low)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer: the descent step."""
 
@@ -193,22 +238,37 @@ class RunConfig:
     """Directory of this run. Default: a new one in runs/, named by data set, model, method and time."""
     resume: bool = False
     """Continue the run in --run-dir from its last checkpoint."""
+    evaluate_every: int | None = None
+    """Evaluate on the test images after every so many steps, not only at the ends of epochs."""
 
     def __post_init__(self) -> None:
         _at_least(self, "seed", 0, high=2**32 - 1)
+        _at_least(self, "evaluate_every", 1)
         if self.resume and self.run_dir is None:
             raise ValueError("--resume: name the run to continue with --run-dir")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains a convolutional network, densely or in Tucker format with adaptive ranks (TDLRT)."""
+    """Trains a convolutional network: in Tucker format with adaptive ranks (TDLRT), densely, or as TDLRT is compared with."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tdlrt: TdlrtConfig = field(default_factory=TdlrtConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.method == "imp" and self.pruning.rewind_epochs >= self.optimizer.epochs:
+            raise ValueError(
+                f"--rewind-epochs {self.pruning.rewind_epochs}: expected fewer than the {self.optimizer.epochs} of --epochs"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in all: those of every round of ``imp``."""
+        return self.optimizer.epochs * (self.pruning.rounds + 1 if self.model.method == "imp" else 1)
 
     def to_json(self) -> dict[str, Any]:
         """All options, flat, by name; what a run directory stores."""

@@ -18,12 +18,14 @@ import tdlrt_jax
 from experiments import data, plots
 from experiments.arrays import fit_arrays, full_layers, pressing_note
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
-from experiments.build import build_model, build_optimizer, learning_rate
+from experiments.build import build_descent, build_model, build_optimizer, kinds_of, learning_rate
 from experiments.config import TrainConfig
 from experiments.display import Display, layer_table
 from experiments.interruption import Interruption
-from experiments.metrics import layer_name, layers, paper_order, singular_values, totals
+from experiments.metrics import Layer, layers, singular_values, totals
 from experiments.programs import Programs, StepReport, TrainState, build_programs
+from experiments.pruning import Pruning
+from experiments.records import Sums, network_record, scalars, truncation_record
 from experiments.run_directory import RunDirectory, environment
 from tdlrt_jax import checkpoint
 from tdlrt_jax.capacity import array_bytes
@@ -44,19 +46,6 @@ class Outcome:
     exit_code: int  # 0 finished, 1 not finite, 130 or 143 interrupted
     directory: Path
     result: dict[str, Any] | None  # the content of result.json, if finished
-
-
-@dataclasses.dataclass
-class Sums:
-    """What an epoch has added up so far; saved with a checkpoint in its midst."""
-
-    steps: int = 0
-    loss: float = 0.0
-    correct: int = 0
-    seconds: float = 0.0
-    compilations: int = 0
-    compile_seconds: float = 0.0
-    pressing_steps: int = 0  # steps that reported a rank at its capacity
 
 
 class NotFiniteError(ArithmeticError):
@@ -114,13 +103,25 @@ class _Job:
             raise ValueError(f"--batch-size {batch}: there are only {count} training images")
         self.loaded = loaded
         self.steps_per_epoch = count // batch
+        self.train = to_device(loaded.train)
         model = build_model(config.model, loaded, config.run.seed)
-        tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
+        self.kinds = kinds_of(model)
+        self.adaptive = config.model.parts.adaptive
+        self.pruning: Pruning | None = None
         transform = transform_of(loaded, crop=config.data.crop, flip=config.data.flip)
+        if self.adaptive:
+            tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
+        else:
+            tx = build_descent(config.optimizer, self.steps_per_epoch)
+        if config.model.parts.pruning:
+            self.pruning = Pruning(config, self.kinds, tx)
+            tx = self.pruning.optimizer(model, self.train, transform)
         self.programs: Programs
         self.state: TrainState
-        self.programs, self.state = build_programs(model, tx, transform, seed=config.run.seed)
-        self.train = to_device(loaded.train)
+        self.programs, self.state = build_programs(model, tx, transform, seed=config.run.seed, adaptive=self.adaptive)
+        if self.pruning is not None:
+            self.pruning.remember(self.state.params, self.state.model_state)
+            self.state = self.state._replace(params=self.pruning.start(self.state.params, self.state.opt_state))
         self.held_out: dict[str, DeviceImages] = {"test": to_device(loaded.test)}
         if loaded.validation is not None:
             self.held_out["validation"] = to_device(loaded.validation)
@@ -139,7 +140,7 @@ class _Job:
         self._announce()
         purge_step = self._global_step() + 1 if self.config.run.resume else None
         writer = SummaryWriter(str(directory.tensorboard), purge_step=purge_step)
-        epochs = self.config.optimizer.epochs
+        epochs = self.config.epochs
         try:
             with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
                 while self.epoch < epochs:
@@ -162,7 +163,7 @@ class _Job:
             self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
         )
         epoch, under_way = jnp.int32(self.epoch), collections.deque[StepReport]()
-        programs = self.programs
+        programs, every = self.programs, self.config.run.evaluate_every
         compiled, compile_seconds, started = programs.compilations, programs.compile_seconds, time.monotonic()
         try:
             for step in range(self.sums.steps, self.steps_per_epoch):
@@ -172,6 +173,10 @@ class _Job:
                 under_way.append(report)
                 if len(under_way) > _AHEAD:
                     self._read(under_way.popleft(), display)
+                if every is not None and (self.epoch * self.steps_per_epoch + step + 1) % every == 0:
+                    while under_way:
+                        self._read(under_way.popleft(), display)
+                    self._evaluate_between()
             while under_way:
                 self._read(under_way.popleft(), display)
         finally:
@@ -192,6 +197,11 @@ class _Job:
         self.sums.pressing_steps += bool(status & RANK_AT_CAPACITY)
         self.status |= int(status)
 
+    def _evaluate_between(self) -> None:
+        """A point of the curve of ``--evaluate-every``."""
+        test_loss, test_accuracy = self.programs.evaluate(self.state, self.held_out["test"])
+        self.sums.add_point(self._global_step(), self.config.optimizer.batch_size, test_loss, test_accuracy)
+
     def _close_epoch(self, display: Display, writer: Any) -> None:
         """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
         record = self._record()
@@ -200,14 +210,28 @@ class _Job:
         display.epoch(record)
         if record["pressing"]:
             self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
-        for name, value in _scalars(record):
+        for name, value in scalars(record):
             writer.add_scalar(name, value, record["step"])
         writer.flush()
-        if self.config.tdlrt.resize:
+        if self.adaptive and self.config.tdlrt.resize:
             self.state = fit_arrays(self.state, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
             self.status &= ~RANK_AT_CAPACITY
         self.epoch, self.sums = self.epoch + 1, Sums()
+        if self.pruning is not None and self.pruning.rounds:
+            self._close_round(self.pruning)
         self._save()
+
+    def _close_round(self, pruning: Pruning) -> None:
+        """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""
+        if self.epoch == self.config.pruning.rewind_epochs:
+            pruning.remember(self.state.params, self.state.model_state)
+        done, rest = divmod(self.epoch, self.config.optimizer.epochs)
+        if rest == 0 and self.epoch < self.config.epochs:
+            start = pruning.next_round(self.state.params, self.state.opt_state, done)
+            self.state = TrainState(*start, healthy=jnp.bool_(True))
+            self.console.print(
+                f"Round {done} of {pruning.rounds} is done: the smallest weights are pruned, the rest rewound."
+            )
 
     def _record(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -220,24 +244,14 @@ class _Job:
         }
         for name, images_ in self.held_out.items():
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.programs.evaluate(self.state, images_)
-        summary = layers(self.state.params)
-        total = totals(summary)
+        done, epoch = divmod(self.epoch, self.config.optimizer.epochs)
+        if self.pruning is not None and self.pruning.rounds:
+            record["round"] = done + 1
+        step = (epoch + 1) * self.steps_per_epoch
         opt_state = jax.device_get(self.state.opt_state)
+        record |= network_record(self.state.params, self._layers())
         record |= {
-            "compression_conv": total.conv_compression,
-            "compression_all": total.compression,
-            "weights": total.parameters,
-            "ranks": {layer.name: layer.rank for layer in summary if layer.rank is not None},
-            "capacities": {
-                layer_name(name): paper_order(kernel.core.shape)
-                for name, kernel in tdlrt_jax.kernel_paths(self.state.params).items()
-            },
-            "truncation_error": {layer_name(k): float(v) for k, v in opt_state.truncation_error.items()},
-            "cumulative_truncation_error": {
-                layer_name(k): float(v) for k, v in opt_state.cumulative_truncation_error.items()
-            },
-            "tolerance": float(opt_state.tolerance),
-            "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, opt_state),
+            "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, step, opt_state),
             # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
             "pressing": full_layers(self.state.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
             "pressing_steps": self.sums.pressing_steps,
@@ -249,7 +263,14 @@ class _Job:
             "step_memory": dict(self.programs.memory),
             "state_bytes": array_bytes((self.state.params, self.state.opt_state)),
         }
+        if self.adaptive:
+            record |= truncation_record(opt_state)
+        if self.config.run.evaluate_every is not None:
+            record["curve"] = self.sums.points
         return record
+
+    def _layers(self) -> list[Layer]:
+        return layers(self.state.params, self.kinds, self.pruning and self.pruning.masks(self.state.opt_state))
 
     # Checkpoints.
 
@@ -260,13 +281,25 @@ class _Job:
         step = self._global_step()
         if step not in checkpoint.all_steps(self.directory.checkpoints):
             metadata = {"epoch": self.epoch, "sums": dataclasses.asdict(self.sums), "status": self.status}
-            checkpoint.save(self.directory.checkpoints, step, self.state._asdict(), metadata, keep=_KEEP)
+            checkpoint.save(self.directory.checkpoints, step, self._stored(), metadata, keep=_KEEP)
+
+    def _stored(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        rewind = {} if self.pruning is None or not self.pruning.rounds else {"rewind": self.pruning.rewind}
+        return self.state._asdict() | rewind
+
+    def restore_state(self, checkpoints: Path) -> dict[str, Any]:
+        """Takes the state of the last checkpoint in a directory; returns what was saved with it."""
+        stored, metadata = checkpoint.restore(checkpoints, self._stored())
+        if "rewind" in stored and self.pruning is not None:
+            self.pruning.rewind = stored.pop("rewind")
+        self.state = TrainState(**stored)
+        return metadata
 
     def _restore(self) -> None:
         """Continues from the last checkpoint; a run stopped before its first one starts anew."""
         if checkpoint.all_steps(self.directory.checkpoints):
-            state, metadata = checkpoint.restore(self.directory.checkpoints, self.state._asdict())
-            self.state = TrainState(**state)
+            metadata = self.restore_state(self.directory.checkpoints)
             self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
             self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
         self.history = self.directory.cut_history(self.epoch)
@@ -298,7 +331,7 @@ class _Job:
         advice = [f"a lower --learning-rate (it was {rate:g})"]
         if self.config.optimizer.clip is None:
             advice.append("--clip 1.0")
-        if self.config.model.method == "tdlrt":
+        if self.adaptive:
             advice.append(f"a smaller --tau (it was {self.config.tdlrt.tau:g})")
         # Resumed, the run would meet the same step again and stop there again.
         self.state = self.state._replace(healthy=jnp.bool_(True))
@@ -313,7 +346,7 @@ class _Job:
         return Outcome(1, self.directory.path, None)
 
     def _finish(self) -> Outcome:
-        summary = layers(self.state.params)
+        summary = self._layers()
         self._plot()
         stored = self.directory.config() or {}
         result = {
@@ -372,23 +405,6 @@ class _Job:
             soft_wrap=True,
             highlight=False,
         )
-
-
-def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    """An epoch's line as named curves: ``loss/train``, ``rank/conv1/out`` and so on."""
-    curves: list[tuple[str, float]] = []
-    for name, value in record.items():
-        if isinstance(value, dict):
-            for layer, entry in value.items():
-                if isinstance(entry, tuple):
-                    modes = plots.mode_names(len(entry))
-                    curves += [(f"{name}/{layer}/{mode}", float(number)) for mode, number in zip(modes, entry)]
-                else:
-                    curves.append((f"{name}/{layer}", entry))
-        elif name not in ("epoch", "step", "pressing"):
-            part, _, kind = name.rpartition("_")
-            curves.append((f"{kind}/{part}" if kind in ("loss", "accuracy") else name, float(value)))
-    return curves
 
 
 def _use_compilation_cache(cache_dir: Path | None) -> None:

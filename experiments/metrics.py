@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tdlrt_jax import active_rank, to_dense
+from tdlrt_jax import active_rank
+from tdlrt_jax.baselines import cp_to_dense, is_cp
+from tdlrt_jax.paths import path_name
 from tdlrt_jax.report import Total, kernels_by_layer, layer_name, summarize_params
-from tdlrt_jax.tucker import is_tucker, unfold
+from tdlrt_jax.tucker import is_tucker, multi_mode_product, unfold
 
 __all__ = [
     "Layer",
@@ -32,8 +35,8 @@ class Layer(NamedTuple):
     name: str
     kind: str  # "convolution" or "linear"
     shape: tuple[int, ...]
-    rank: tuple[int, ...] | None  # None for a dense kernel
-    parameters: int  # core and factors at the true ranks; prod(shape) for a dense kernel
+    rank: tuple[int, ...] | None  # None for a dense kernel; the number of terms of one in CP format
+    parameters: int  # core and factors at the true ranks; prod(shape) for a dense kernel, what is left of a pruned one
     full: int  # prod(shape)
 
     @property
@@ -55,21 +58,31 @@ class Totals(NamedTuple):
 
 def paper_order(modes: tuple[Any, ...]) -> tuple[Any, ...]:
     """Reorders what is stored per mode, ``(spatial..., in, out)``, as the paper writes it, ``(out, in, spatial...)``."""
-    return (modes[-1], modes[-2], *modes[:-2])
+    return (*modes[:-3:-1], *modes[:-2])
 
 
-def layers(params: Any) -> list[Layer]:
-    """The layers with kernels, in the order of the tree."""
+def layers(params: Any, kinds: dict[str, str] | None = None, masks: Any = None) -> list[Layer]:
+    """The layers with kernels, in the order of the tree.
+
+    Args:
+      params: of the network.
+      kinds: of its layers, see :func:`tdlrt_jax.report.summarize_params`.
+      masks: of what is pruned, see :mod:`tdlrt_jax.baselines.pruning`; ``None`` if nothing is.
+    """
+    left = {
+        layer_name(path_name(path)): int(np.count_nonzero(mask))
+        for path, mask in jax.tree_util.tree_leaves_with_path(masks)
+    }
     return [
         Layer(
             layer.path,
             layer.kind,
             paper_order(layer.shape),
             layer.rank and paper_order(layer.rank),
-            layer.parameters,
+            left.get(layer.path, layer.parameters),
             layer.dense_parameters,
         )
-        for layer in summarize_params(params).layers
+        for layer in summarize_params(params, kinds).layers
     ]
 
 
@@ -84,14 +97,10 @@ def totals(summary: list[Layer]) -> Totals:
 
 
 def singular_values(params: Any) -> dict[str, list[np.ndarray]]:
-    """Singular values of every unfolding of every kernel, descending, modes in the paper's order.
-
-    A Tucker kernel has those of its core, since its factors are orthonormal; only as many as its rank are given.
-    """
+    """Singular values of every unfolding of every kernel, descending, modes in the paper's order; as many as the rank."""
     values = {}
     for name, kernel in kernels_by_layer(params).items():
-        tensor = kernel.core if is_tucker(kernel) else to_dense(kernel)
-        ranks = np.asarray(active_rank(kernel)).tolist() if is_tucker(kernel) else tensor.shape
+        tensor, ranks = _rotated(kernel)
         spectra = []
         for mode, rank in enumerate(ranks):
             matrix = np.asarray(unfold(tensor, mode), np.float64)
@@ -101,6 +110,20 @@ def singular_values(params: Any) -> dict[str, list[np.ndarray]]:
             spectra.append(spectrum[:rank])
         values[name] = list(paper_order(tuple(spectra)))
     return values
+
+
+def _rotated(kernel: Any) -> tuple[Any, Sequence[int]]:
+    """A tensor with a kernel's singular values, small where it is known only in factors, and the ranks of its modes."""
+    if is_cp(kernel):
+        dense = cp_to_dense(kernel)
+        return dense, [min(n, kernel.factors[0].shape[1]) for n in dense.shape]
+    if not is_tucker(kernel):
+        return kernel, np.shape(kernel)
+    # Plain gradients leave no factor orthonormal: the triangular parts of their QR go into the core.
+    triangles = [None if factor is None else np.linalg.qr(np.asarray(factor), mode="r") for factor in kernel.factors]
+    tensor = multi_mode_product(jnp.asarray(kernel.core), triangles)
+    ranks = np.asarray(active_rank(kernel)).tolist()
+    return tensor, [min(pair) for pair in zip(ranks, tensor.shape)]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

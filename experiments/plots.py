@@ -28,7 +28,7 @@ __all__ = [
 
 History = Sequence[dict[str, Any]]  # the lines of metrics.jsonl
 
-_MODES = {2: ("out", "in"), 3: ("out", "in", "width"), 4: ("out", "in", "height", "width")}
+_MODES = {1: ("terms",), 2: ("out", "in"), 3: ("out", "in", "width"), 4: ("out", "in", "height", "width")}
 
 
 def mode_names(order: int) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def build_programs(
     transform: Transform,
     *,
     seed: int,
+    adaptive: bool = True,
     evaluation_batch: int = 500,
 ) -> tuple[Programs, TrainState]:
     """The programs of a network, and its state at the start.
@@ -97,6 +98,8 @@ def build_programs(
       tx: the optimizer.
       transform: what happens to images on their way.
       seed: of the augmentation.
+      adaptive: whether ``tx`` is :func:`tdlrt_jax.tdlrt`, which moves kernels in Tucker format by an integrator; otherwise
+        gradients are the plain ones of all arrays.
       evaluation_batch: images evaluated at a time.
     """
     model.eval()
@@ -111,19 +114,32 @@ def build_programs(
         hits = jnp.sum(correct(logits, labels), dtype=jnp.int32)
         return jnp.mean(cross_entropy(logits, labels)), (new_model_state, hits)
 
-    inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False)
+    inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False) if adaptive else None
+
+    def advance(
+        params: Any, opt_state: Any, model_state: Any, *batch: Array
+    ) -> tuple[Any, Any, Any, Array, Array, Array]:
+        """New parameters and states; loss, hits and status of the step."""
+        if inner is not None:
+            params, opt_state, model_state, info = inner(params, opt_state, model_state, *batch)
+            return params, opt_state, model_state, info.loss, info.aux, info.status
+        (loss, (model_state, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, *batch)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        return optax.apply_updates(params, updates), opt_state, model_state, loss, hits, jnp.int32(0)
 
     def step(
         state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
     ) -> tuple[TrainState, StepReport]:
         batch = training_batch(data, order, transform, seed, epoch, index)
-        params, opt_state, model_state, info = inner(state.params, state.opt_state, state.model_state, *batch)
-        finite = jnp.isfinite(info.loss) & (info.status & NONFINITE == 0) & _all_finite(params)
+        params, opt_state, model_state, loss, hits, status = advance(
+            state.params, state.opt_state, state.model_state, *batch
+        )
+        finite = jnp.isfinite(loss) & (status & NONFINITE == 0) & _all_finite(params)
         healthy = state.healthy & finite
-        moved = TrainState(params, opt_state, model_state, healthy)
+        after = TrainState(params, opt_state, model_state, healthy)
         # Not a selection leaf by leaf, see tdlrt_jax.optimizer.
-        kept = jax.lax.cond(healthy, lambda: moved, lambda: state._replace(healthy=healthy))
-        return kept, StepReport(info.loss, info.aux, finite, info.status)
+        kept = jax.lax.cond(healthy, lambda: after, lambda: state._replace(healthy=healthy))
+        return kept, StepReport(loss, hits, finite, status)
 
     @jax.jit
     def evaluate_batch(

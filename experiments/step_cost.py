@@ -100,9 +100,7 @@ class _Step:
         from experiments.batches import epoch_order
         from experiments.config import from_json
         from experiments.interruption import Interruption
-        from experiments.programs import TrainState
         from experiments.run_directory import RunDirectory
-        from tdlrt_jax import checkpoint
 
         stored = RunDirectory(directory).result()
         if stored is None:
@@ -117,8 +115,8 @@ class _Step:
         )
         work = job._Job(config, loaded, Console(quiet=True), Interruption())
         self.programs, self.train = work.programs, work.train
-        state, _ = checkpoint.restore(RunDirectory(directory).checkpoints, work.state._asdict())
-        self.state = TrainState(**state)
+        work.restore_state(RunDirectory(directory).checkpoints)
+        self.state = work.state
         self.order = epoch_order(config.run.seed, 0, len(loaded.train.labels), config.optimizer.batch_size)
         self.epoch, self.index = jnp.int32(0), 0
         self.accuracy = stored["final"]["test_accuracy"]

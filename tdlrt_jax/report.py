@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from tdlrt_jax.baselines.cp import is_cp
 from tdlrt_jax.conv.plans import count_work, forward_plan
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import TuckerTensor, active_rank, capacity, is_tucker, kernel_shape, parameter_count
@@ -44,7 +45,7 @@ class LayerSummary(NamedTuple):
     path: str  # of the layer: "conv1", "blocks/0/conv"
     kind: str  # one of KINDS
     shape: tuple[int, ...]  # of the dense kernel
-    rank: tuple[int, ...] | None  # in use; None for a dense kernel
+    rank: tuple[int, ...] | None  # in use, one a mode; the number of terms of a CP kernel; None for a dense one
     capacity: tuple[int, ...] | None  # of the arrays
     parameters: int  # core and factors at the ranks in use, without bias; 0 where another layer's kernel is used
     dense_parameters: int
@@ -102,14 +103,15 @@ def layer_name(path: str) -> str:
     return path.removesuffix("/value").removesuffix("/kernel")
 
 
-def summarize_params(params: Any) -> Summary:
-    """Summarizes a pytree of parameters: every Tucker kernel, and every array of two or more modes named ``kernel``.
+def summarize_params(params: Any, kinds: Mapping[str, str] | None = None) -> Summary:
+    """Summarizes a pytree of parameters: every Tucker or CP kernel, and every array of two or more modes named ``kernel``.
 
-    Nothing tells a convolution of no spatial dimension from a linear layer, so matrices are linear and the rest are
-    convolutions; and nothing is known of inputs, so multiply-adds stay unknown.
+    Nothing is known of inputs, so multiply-adds stay unknown.
 
     Args:
       params: arrays and kernels in any containers. All leaves count as weights.
+      kinds: one of :data:`KINDS` by name of layer, as in the summary of a model. Without it nothing tells a convolution kept as
+        a matrix from a linear layer: matrices are linear and the rest are convolutions.
 
     Returns:
       A :class:`Summary` with the layers in the order of the tree.
@@ -124,33 +126,42 @@ def summarize_params(params: Any) -> Summary:
     """
     kernels = kernels_by_layer(params)
     layers = [
-        summarize_layer(name, "linear" if len(kernel_shape_of(kernel)) == 2 else "convolution", kernel)
+        summarize_layer(
+            name, (kinds or {}).get(name, "linear" if len(kernel_shape_of(kernel)) == 2 else "convolution"), kernel
+        )
         for name, kernel in kernels.items()
     ]
-    every = jax.tree.leaves(params, is_leaf=is_tucker)
+    every = jax.tree.leaves(params, is_leaf=is_compressed)
     others = sum(map(numbers, every)) - sum(map(numbers, kernels.values()))
     return total_summary(layers, others, with_work=False)
 
 
 def kernels_by_layer(params: Any) -> dict[str, Any]:
-    """All kernels of :func:`summarize_params`, Tucker or dense, by the name of their layer."""
+    """All kernels of :func:`summarize_params`, Tucker, CP or dense, by the name of their layer."""
     found = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_tucker):
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed):
         full = path_name(path)
         name = layer_name(full)
         named_kernel = name != full.removesuffix("/value") or full == "kernel"
-        if is_tucker(node) or (named_kernel and np.ndim(node) >= 2):
+        if is_compressed(node) or (named_kernel and np.ndim(node) >= 2):
             found[name] = node
     return found
 
 
+def is_compressed(node: Any) -> bool:
+    """Whether a node of a pytree is a kernel in a low-rank format, Tucker or CP."""
+    return is_tucker(node) or is_cp(node)
+
+
 def kernel_shape_of(kernel: Any) -> tuple[int, ...]:
-    """The dense shape of a TuckerTensor or of an array."""
+    """The dense shape of a TuckerTensor, a CPTensor or an array."""
+    if is_cp(kernel):
+        return tuple(factor.shape[0] for factor in kernel.factors)
     return kernel_shape(kernel) if is_tucker(kernel) else tuple(np.shape(kernel))
 
 
 def numbers(kernel: Any) -> int:
-    """How many numbers a leaf holds, a Tucker kernel as if it were dense."""
+    """How many numbers a leaf holds, a low-rank kernel as if it were dense."""
     return math.prod(kernel_shape_of(kernel))
 
 
@@ -170,7 +181,7 @@ def summarize_layer(
     Args:
       path: name of the layer.
       kind: one of :data:`KINDS`.
-      kernel: a TuckerTensor or an array; arrays without values (``jax.ShapeDtypeStruct``) count at their capacity.
+      kernel: a TuckerTensor, a CPTensor or an array; arrays without values (``jax.ShapeDtypeStruct``) count at their capacity.
       inputs: the input's shape ``(batch..., spatial..., in)`` in every call; ``None`` if it is not known.
       geometry: ``strides``, ``padding`` and so on, as :func:`tdlrt_jax.conv.count_work` takes them; ``None`` if the
         layer is none whose work can be counted so.
@@ -186,17 +197,20 @@ def summarize_layer(
     if is_tucker(kernel):
         rank = concrete_rank(kernel)
         parameters = parameter_count(shape, rank, [factor is None for factor in kernel.factors])
+    elif is_cp(kernel):
+        rank = (kernel.factors[0].shape[1],)
+        parameters = rank[0] * sum(shape)
     summary = LayerSummary(
         path=path,
         kind=kind,
         shape=shape,
         rank=rank,
-        capacity=None if rank is None else capacity(kernel),
+        capacity=capacity(kernel) if is_tucker(kernel) else rank,
         parameters=0 if shared else parameters,
         dense_parameters=0 if shared else math.prod(shape),
         inputs=calls,
     )
-    if inputs is None or geometry is None:
+    if inputs is None or geometry is None or is_cp(kernel):
         return summary
     dense = _sum_forward("dense", shape, (None,) * len(shape), calls, geometry)
     if rank is None:

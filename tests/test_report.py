@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tdlrt_jax
 from tdlrt_jax import report
+from tdlrt_jax.baselines import CPTensor
+from tdlrt_jax.nn import CPConv, MatrixConv, TuckerLinear, summarize
 from tests.helpers import random_kernel
 
 GEOMETRY = {"strides": 2, "padding": "VALID"}
@@ -122,3 +125,32 @@ def test_as_json_and_as_a_table(kernel, rng):
         assert words in text
     plain = str(report.summarize_params({"last": {"kernel": np.ones((8, 3))}}))
     assert "capacity" not in plain and "plan" not in plain
+
+
+def test_kernels_in_cp_format_and_convolutions_kept_as_matrices(rng):
+    cp = CPTensor(tuple(jnp.ones((n, 5)) for n in (3, 3, 4, 8)))
+    params = {"a": {"kernel": cp, "bias": jnp.ones(8)}, "b": {"kernel": random_kernel(rng, (36, 8), (2, 2))}}
+    summary = report.summarize_params(params, {"b": "convolution"})
+    terms, matrix = summary.layers
+    assert terms == report.LayerSummary("a", "convolution", (3, 3, 4, 8), (5,), (5,), 90, 288)
+    assert (matrix.kind, matrix.rank, matrix.parameters) == ("convolution", (2, 2), 4 + 72 + 16)
+    assert summary.convolutions == (90 + 92, 576) and summary.weights == (182 + 8, 576 + 8)
+    assert report.summarize_params(params).convolutions == (90, 288)  # without kinds a matrix is a linear layer
+
+
+def test_a_model_knows_its_kinds(rng):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = CPConv(3, 8, (3, 3), rank=2, rngs=rngs)
+            self.second = MatrixConv(8, 4, (3, 3), rank=2, rngs=rngs)
+            self.last = TuckerLinear(4, 2, rank=1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.second(self.first(x)))
+
+    layers = {layer.path: layer for layer in summarize(Model(nnx.Rngs(0)), jnp.ones((1, 6, 6, 3))).layers}
+    assert [layer.kind for layer in layers.values()] == ["convolution", "convolution", "linear"]
+    assert layers["first"].parameters == 2 * (3 + 3 + 3 + 8) and layers["second"].parameters == 4 + 2 * 72 + 2 * 4
+    # How a layer in another format multiplies is not counted, and said to be unknown.
+    assert layers["first"].multiply_adds is None and layers["second"].multiply_adds is None
+    assert layers["last"].multiply_adds is not None

@@ -17,13 +17,43 @@ from jax import Array, lax
 
 from tdlrt_jax.conv.geometry import PaddingLike, output_size, pad_border, resolve
 
-__all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_to_dense"]
+__all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_rank", "cp_spectral", "cp_to_dense", "is_cp"]
+
+
+SMALLEST_VALUE = 1e-30  # of the norms of terms: far below any rounding error, and not yet where float32 ends
 
 
 class CPTensor(NamedTuple):
     """A kernel in CP format, without separate weights."""
 
     factors: tuple[Array, ...]  # (n_i, R) each
+
+
+def is_cp(node: Any) -> bool:
+    """Whether a node of a pytree is a kernel in CP format."""
+    return isinstance(node, CPTensor)
+
+
+def cp_rank(shape: Sequence[int], rank: int | float) -> int:
+    """The number of terms from what a user writes: a count, or a fraction of the count at which nothing is saved.
+
+    Args:
+      shape: ``(n_1, ..., n_d)`` of the dense kernel.
+      rank: an int of 1 or more; or a float in (0, 1], of ``prod n_i / sum n_i`` terms, which need as many numbers as the dense
+        kernel: ``rank`` is then the part of the numbers that are kept, as nearly as whole terms allow, and at least one term.
+
+    Raises:
+      ValueError: for a number that is neither.
+
+    Example:
+      >>> cp_rank((3, 3, 64, 64), 7), cp_rank((3, 3, 64, 64), 0.1)
+      (7, 27)
+    """
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return max(1, math.floor(rank * math.prod(shape) / sum(shape)))
+    if isinstance(rank, float) or rank < 1:
+        raise ValueError(f"rank={rank}: expected a number of terms, 1 or more, or a fraction in (0, 1]")
+    return rank
 
 
 def cp_to_dense(kernel: CPTensor) -> Array:
@@ -104,6 +134,40 @@ def cp_normal(
     deviation = (jnp.asarray(norm, dtype) ** 2 / (rank * math.prod(shape))) ** (1 / (2 * len(shape)))
     keys = jax.random.split(key, len(shape))
     return CPTensor(tuple(deviation * jax.random.normal(k, (n, rank), dtype) for k, n in zip(keys, shape)))
+
+
+def cp_spectral(
+    key: Array, shape: Sequence[int], rank: int, *, decay: float = 0.1, norm: Array | float, dtype: Any = jnp.float32
+) -> CPTensor:
+    """Terms of random directions whose norms decay, ``s_r = decay^r``: the CP twin of :func:`tdlrt_jax.tucker_spectral`.
+
+    Each mode's directions are orthonormal as far as it has room, and then start anew: the singular values of every unfolding are
+    ``s_r`` for the first ``min n_i`` of them. A term's norm is shared evenly by its vectors.
+
+    Args:
+      key: a random key.
+      shape: ``(n_1, ..., n_d)``.
+      rank: terms.
+      decay: ratio of successive norms, in (0, 1]; none is below 1e-30 of the first.
+      norm: expected norm of the kernel; a term is orthogonal to the ones before it.
+      dtype: of the factors.
+
+    Raises:
+      ValueError: for a decay or a rank that cannot be.
+    """
+    _check_rank(rank)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay={decay}: the ratio of successive norms is in (0, 1]")
+    norms = np.maximum(decay ** np.arange(rank, dtype=np.float64), SMALLEST_VALUE)
+    shared = jnp.asarray((norms / np.linalg.norm(norms)) ** (1 / len(shape)), dtype)
+    scale = jnp.asarray(norm, dtype) ** (1 / len(shape))
+    factors = []
+    for mode_key, n in zip(jax.random.split(key, len(shape)), shape):
+        bases = [
+            jnp.linalg.qr(jax.random.normal(k, (n, n), dtype))[0] for k in jax.random.split(mode_key, -(-rank // n))
+        ]
+        factors.append(jnp.concatenate(bases, axis=1)[:, :rank] * shared * scale)
+    return CPTensor(tuple(factors))
 
 
 def cp_als(dense: Array, rank: int, *, iterations: int = 100, seed: int = 0) -> CPTensor:

@@ -18,6 +18,7 @@ from jax import Array
 from tdlrt_jax.paths import path_name
 
 __all__ = [
+    "PrunedState",
     "PruningRound",
     "apply_masks",
     "density_of",
@@ -25,6 +26,7 @@ __all__ = [
     "iterative_magnitude_pruning",
     "magnitude_scores",
     "masks_from_scores",
+    "prune_and_rewind",
     "pruned",
     "snip_scores",
     "weights_of_layers",
@@ -166,6 +168,13 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     )
 
 
+class PrunedState(NamedTuple):
+    """State of :func:`pruned`. The masks are a part of it: a checkpoint of the optimizer has them."""
+
+    masks: Any  # booleans, None for leaves that are not pruned
+    inner: Any
+
+
 def pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
     """An optax transformation under which pruned weights stay exactly zero.
 
@@ -182,11 +191,14 @@ def pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTra
     """
     inner = optax.with_extra_args_support(inner)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, state = inner.update(apply_masks(grads, masks), state, params, **extra)
-        return apply_masks(updates, masks), state
+    def init(params: Any) -> PrunedState:
+        return PrunedState(masks, inner.init(params))
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def update(grads: Any, state: PrunedState, params: Any = None, **extra: Any) -> tuple[Any, PrunedState]:
+        updates, inner_state = inner.update(apply_masks(grads, state.masks), state.inner, params, **extra)
+        return apply_masks(updates, state.masks), PrunedState(state.masks, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class PruningRound(NamedTuple):
@@ -229,8 +241,22 @@ def iterative_magnitude_pruning(
     current = PruningRound(rewind, masks, 1.0)
     yield current
     for index in range(1, rounds + 1):
-        trained = train(current)
         target = density ** (index / rounds)
-        masks = masks_from_scores(magnitude_scores(trained, prunable=prunable), target, within=masks)
-        current = PruningRound(apply_masks(rewind, masks), masks, density_of(masks))
+        current = prune_and_rewind(train(current), rewind, current.masks, target, prunable=prunable)
         yield current
+
+
+def prune_and_rewind(
+    trained: Any, rewind: Any, masks: Any, density: float, *, prunable: Prunable = weights_of_layers
+) -> PruningRound:
+    """One removal: the largest of the trained weights stay, with the values they had.
+
+    Args:
+      trained: parameters at the end of a round.
+      rewind: those to go back to.
+      masks: of the round.
+      density: the part of the weights that is left.
+      prunable: as in :func:`snip_scores`.
+    """
+    masks = masks_from_scores(magnitude_scores(trained, prunable=prunable), density, within=masks)
+    return PruningRound(apply_masks(rewind, masks), masks, density_of(masks))

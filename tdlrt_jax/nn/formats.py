@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import DTypeLike
 
-from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal
+from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral
 from tdlrt_jax.baselines.matrix import matrix_conv
 from tdlrt_jax.conv.geometry import PaddingLike
 from tdlrt_jax.initialization import Rank, initial_kernel
@@ -33,15 +33,19 @@ class _Convolution(nnx.Module):
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None,
-        padding: PaddingLike,
-        kernel_dilation: int | Sequence[int] | None,
-        use_bias: bool,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        precision: Any,
-        bias_init: Callable[..., Any],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: PaddingLike = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: Any = None,
+        kernel_init: Callable[..., Any] = default_kernel_init,
+        bias_init: Callable[..., Any] = default_bias_init,
         rngs: nnx.Rngs,
+        rank: Any,
+        initialization: Any,
     ):
         self.in_features = in_features
         self.out_features = out_features
@@ -54,6 +58,8 @@ class _Convolution(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.promote_dtype = dtypes.promote_dtype
+        shape = (*self.kernel_size, in_features, out_features)
+        self.kernel = nnx.Param(self._draw(rngs.params(), shape, rank, initialization, kernel_init))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else nnx.data(None)
 
     def __call__(self, inputs: Array) -> Array:
@@ -69,6 +75,12 @@ class _Convolution(nnx.Module):
             precision=self.precision,
         )
         return y if bias is None else y + bias
+
+    def _draw(
+        self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
+    ) -> Any:
+        """The initial kernel for a dense one of ``shape``."""
+        raise NotImplementedError
 
     def _apply(self, inputs: Array, kernel: Any, **options: Any) -> Array:
         raise NotImplementedError
@@ -100,41 +112,28 @@ class MatrixConv(_Convolution):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: PaddingLike = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        use_bias: bool = True,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        precision: Any = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
-        rngs: nnx.Rngs,
         rank: Rank = None,
         initialization: str | Callable[..., TuckerTensor] = "dense",
+        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        kernel = initial_kernel(
-            rngs.params(),
-            (math.prod(window) * in_features, out_features),
-            rank,
-            initialization=initialization,
-            kernel_init=kernel_init,
-            dtype=param_dtype,
-        )
-        self.kernel = nnx.Param(kernel)
         super().__init__(
             in_features,
             out_features,
-            window,
+            kernel_size,
             strides,
-            padding,
-            kernel_dilation,
-            use_bias,
-            dtype,
-            param_dtype,
-            precision,
-            bias_init,
-            rngs,
+            rank=rank,
+            initialization=initialization,
+            rngs=rngs,
+            **options,
+        )
+
+    def _draw(
+        self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
+    ) -> TuckerTensor:
+        matrix = (math.prod(shape[:-1]), shape[-1])
+        return initial_kernel(
+            key, matrix, rank, initialization=initialization, kernel_init=kernel_init, dtype=self.param_dtype
         )
 
     def _apply(self, inputs: Array, kernel: Any, **options: Any) -> Array:
@@ -147,9 +146,10 @@ class CPConv(_Convolution):
     Args:
       in_features, out_features, kernel_size, strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision,
         kernel_init, bias_init, rngs: as in ``flax.nnx.Conv``.
-      rank: terms of the sum.
-      initialization: ``"normal"``: random factors with the norm that ``kernel_init`` draws; ``"als"``: its draw, decomposed by
-        alternating least squares, which needs tensorly and cannot be jitted.
+      rank: terms of the sum, or a float, see :func:`tdlrt_jax.baselines.cp_rank`.
+      initialization: ``"normal"``: random factors with the norm that ``kernel_init`` draws; ``"spectral"``: terms of that norm
+        that decay with powers of ten; ``"als"``: the draw, decomposed by alternating least squares, which needs tensorly and
+        cannot be jitted.
 
     Raises:
       ValueError: for a rank below 1 or an unknown initialization.
@@ -168,47 +168,34 @@ class CPConv(_Convolution):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: PaddingLike = "SAME",
-        kernel_dilation: int | Sequence[int] | None = 1,
-        use_bias: bool = True,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        precision: Any = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        bias_init: Callable[..., Any] = default_bias_init,
-        rngs: nnx.Rngs,
-        rank: int,
+        rank: int | float,
         initialization: str = "normal",
+        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        shape = (*window, in_features, out_features)
-        self.kernel = nnx.Param(_cp_kernel(rngs.params(), shape, rank, initialization, kernel_init, param_dtype))
         super().__init__(
             in_features,
             out_features,
-            window,
+            kernel_size,
             strides,
-            padding,
-            kernel_dilation,
-            use_bias,
-            dtype,
-            param_dtype,
-            precision,
-            bias_init,
-            rngs,
+            rank=rank,
+            initialization=initialization,
+            rngs=rngs,
+            **options,
         )
+
+    def _draw(
+        self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
+    ) -> CPTensor:
+        if initialization not in ("normal", "als", "spectral"):
+            raise ValueError(f'initialization={initialization!r} is unknown: expected "normal", "als" or "spectral"')
+        rank = cp_rank(shape, rank)
+        dense_key, key = jax.random.split(key)
+        dense = kernel_init(dense_key, shape, self.param_dtype)
+        if initialization == "als":
+            return cp_als(dense, rank)
+        draw = cp_normal if initialization == "normal" else cp_spectral
+        return draw(key, shape, rank, norm=jnp.linalg.norm(dense.ravel()), dtype=self.param_dtype)
 
     def _apply(self, inputs: Array, kernel: Any, **options: Any) -> Array:
         return cp_conv(inputs, kernel, **options)
-
-
-def _cp_kernel(
-    key: Array, shape: tuple[int, ...], rank: int, initialization: str, kernel_init: Callable[..., Any], dtype: Any
-) -> CPTensor:
-    if initialization not in ("normal", "als"):
-        raise ValueError(f'initialization={initialization!r} is unknown: expected "normal" or "als"')
-    dense_key, key = jax.random.split(key)
-    dense = kernel_init(dense_key, shape, dtype)
-    if initialization == "als":
-        return cp_als(dense, rank)
-    return cp_normal(key, shape, rank, norm=jnp.linalg.norm(dense.ravel()), dtype=dtype)

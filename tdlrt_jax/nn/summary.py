@@ -13,7 +13,15 @@ from flax import nnx
 from tdlrt_jax.conv.geometry import resolve
 from tdlrt_jax.conv.transposed import transposed_padding
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
-from tdlrt_jax.report import Summary, kernel_shape_of, numbers, summarize_layer, summarize_params, total_summary
+from tdlrt_jax.report import (
+    Summary,
+    is_compressed,
+    kernel_shape_of,
+    numbers,
+    summarize_layer,
+    summarize_params,
+    total_summary,
+)
 from tdlrt_jax.tucker import TuckerTensor, is_tucker
 
 __all__ = ["counted_kernel", "geometry_of", "layers_with_kernels", "module_path", "record_inputs", "summarize"]
@@ -79,7 +87,7 @@ def summarize(model: Any, example: Any = None, *, device: str | None = None) -> 
             kernel_numbers += numbers(kernel)
         counted.add(id(variable))
         layers.append(layer)
-    weights = sum(map(numbers, jax.tree.leaves(nnx.state(model, nnx.Param, graph=True), is_leaf=is_tucker)))
+    weights = sum(map(numbers, jax.tree.leaves(nnx.state(model, nnx.Param, graph=True), is_leaf=is_compressed)))
     return total_summary(layers, weights - kernel_numbers, with_work=example is not None)
 
 
@@ -90,7 +98,7 @@ def layers_with_kernels(model: nnx.Module) -> dict[tuple, Any]:
         variable = getattr(module, "kernel", None)
         if isinstance(variable, nnx.Variable):
             kernel = variable.get_value()
-            if is_tucker(kernel) or np.ndim(kernel) >= 2:
+            if is_compressed(kernel) or np.ndim(kernel) >= 2:
                 found[path] = module
     return found
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tdlrt_jax.baselines import CPTensor, cp_als, cp_conv, cp_normal, cp_to_dense
+from tdlrt_jax.baselines import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral, cp_to_dense
 from tdlrt_jax.conv import tucker_conv
 
 CASES = [
@@ -71,3 +71,30 @@ def test_alternating_least_squares_recover_a_low_rank_kernel(rng):
     assert float(jnp.linalg.norm(cp_to_dense(found) - exact) / jnp.linalg.norm(exact)) < 1e-2
     norms = np.array([np.linalg.norm(factor, axis=0) for factor in found.factors])
     np.testing.assert_allclose(norms, np.broadcast_to(norms[0], norms.shape), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((3, 3, 8, 6), 3), ((3, 3, 8, 6), 7)])
+def test_spectral_terms_have_the_singular_values_asked_for(x64, shape, rank):
+    kernel = cp_spectral(jax.random.key(0), shape, rank, norm=2.0, dtype=jnp.float64)
+    dense = np.asarray(cp_to_dense(kernel))
+    assert [factor.shape for factor in kernel.factors] == [(n, rank) for n in shape]
+    norms = np.prod([np.linalg.norm(factor, axis=0) for factor in kernel.factors], axis=0)
+    np.testing.assert_allclose(norms[1:] / norms[:-1], 0.1, rtol=1e-10)
+    assert np.linalg.norm(dense) == pytest.approx(2.0, rel=1e-6 if rank == 3 else 1e-3)
+    for mode, n in enumerate(shape):
+        values = np.linalg.svd(np.moveaxis(dense, mode, 0).reshape(n, -1), compute_uv=False)
+        known = min(n, rank, *shape)  # as many terms as are orthogonal in every mode
+        np.testing.assert_allclose(values[:known] / values[0], 0.1 ** np.arange(known), rtol=0.02)
+
+
+def test_ranks_as_fractions():
+    assert cp_rank((3, 3, 64, 64), 1.0) == 275 and 275 * 134 <= 3 * 3 * 64 * 64 < 276 * 134
+    assert cp_rank((3, 3, 4, 4), 0.001) == 1 and cp_rank((3, 3, 4, 4), 12) == 12
+    for wrong in (0, 1.5, 0.0, -3):
+        with pytest.raises(ValueError, match=f"rank={wrong}: expected a number of terms, 1 or more, or a fraction"):
+            cp_rank((3, 3), wrong)
+
+
+def test_a_decay_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"decay=1\.5: the ratio of successive norms"):
+        cp_spectral(jax.random.key(0), (3, 3), 2, decay=1.5, norm=1.0)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import tdlrt_jax
 from experiments import batches, data, job, metrics, plots, programs, train
-from experiments.build import build_model, build_optimizer, learning_rate
+from experiments.build import build_descent, build_model, build_optimizer, learning_rate
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.display import Display
 from tdlrt_jax import checkpoint
@@ -399,7 +399,7 @@ def test_plateau_looks_at_whole_epochs():
     for _ in range(5):
         for step in range(3):  # alike in every epoch, though it rises and falls within
             _, state = tx.update(params, state, params, value=jnp.float32(1 + step))
-        rates.append(learning_rate(config, 3, state))
+        rates.append(learning_rate(config, 3, 0, state))
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005], rtol=1e-5)
 
 
@@ -408,7 +408,7 @@ def test_other_schedules():
     for schedule, expected in (("cosine", [0.5, 0.25, 0.0]), ("constant", [0.5, 0.5, 0.5])):
         config = OptimizerConfig(learning_rate=0.5, schedule=schedule, epochs=2)
         state = build_optimizer(config, TdlrtConfig(), 3).init(params)
-        rates = [learning_rate(config, 3, state._replace(step=jnp.int32(step))) for step in (0, 3, 6)]
+        rates = [learning_rate(config, 3, step, state) for step in (0, 3, 6)]
         np.testing.assert_allclose(rates, expected, atol=1e-7)
 
 
@@ -426,7 +426,7 @@ def test_other_optimizers_lower_the_loss(small, optimizer):
 
 
 def test_dense_training_is_plain_optax(small):
-    """On a network without Tucker kernels the step is the textbook's."""
+    """The step of methods that do not adapt ranks is the textbook's."""
     images, transform = small
 
     class Plain(nnx.Module):
@@ -438,7 +438,8 @@ def test_dense_training_is_plain_optax(small):
 
     model, config = Plain(nnx.Rngs(0)), OptimizerConfig(learning_rate=0.1, momentum=0.5, schedule="constant")
     kernel, bias = np.asarray(model.linear.kernel[...], np.float64), np.zeros(3)
-    compiled, state = programs.build_programs(model, build_optimizer(config, TdlrtConfig(), 1), transform, seed=0)
+    tx = build_descent(config, 1)
+    compiled, state = programs.build_programs(model, tx, transform, seed=0, adaptive=False)
     x = (np.asarray(images.images, np.float64).reshape(12, -1) / 255 - 0.5) / 0.3
     targets = np.eye(3)[np.asarray(images.labels)]
     velocity = [np.zeros_like(kernel), np.zeros_like(bias)]

@@ -1,0 +1,173 @@
+"""Every method of the comparison trains through the main job; what it compresses, it compresses exactly, and to the end."""
+
+import dataclasses
+import json
+import typing
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import data, plots, train
+from experiments.build import build_model, is_pruned, kinds_of
+from experiments.config import ModelConfig, PruningConfig, TrainConfig, from_json
+from experiments.display import Display
+from experiments.methods import METHODS
+from experiments.metrics import layers, totals
+from tests.experiments.test_job import interrupt_after, lines, numbers, saved_arrays
+
+TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2", "--no-linear", "--learning-rate", "0.05"]
+OPTIONS = {
+    "dense": [],
+    "tdlrt": ["--rank", "6", "--tau", "0.3"],
+    "matrix_dlrt": ["--rank", "6", "--tau", "0.3"],
+    "tucker": ["--compression", "0.8"],
+    "matrix": ["--compression", "0.8"],
+    "cp": ["--compression", "0.8"],
+    "snip": ["--compression", "0.8"],
+    "grasp": ["--compression", "0.8", "--score-images", "32"],
+    "imp": ["--compression", "0.8", "--rounds", "2", "--rewind-epochs", "1"],
+}
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", limit=96)
+
+
+def run(method, directory, *more):
+    return train.main([*TINY, "--method", method, *OPTIONS[method], "--run-dir", str(directory), *more])
+
+
+def result_of(directory):
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_the_methods_are_those_that_the_options_know():
+    assert set(METHODS) == set(typing.get_args(typing.get_type_hints(ModelConfig)["method"])) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_from_the_start_to_a_result(method, tmp_path):
+    assert run(method, tmp_path / "run") == 0
+    result = result_of(tmp_path / "run")
+    epochs = 6 if method == "imp" else 2
+    assert [record["epoch"] for record in result["epochs"]] == list(range(1, epochs + 1))
+    losses = [record["train_loss"] for record in result["epochs"]]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    final, kinds = result["final"], {layer["name"]: layer["kind"] for layer in result["layers"]}
+    assert kinds == {"conv1": "convolution", "conv2": "convolution", "hidden": "linear", "classifier": "linear"}
+    stored = {layer["name"]: layer["parameters"] for layer in result["layers"]}
+    dense = {layer["name"]: layer["full"] for layer in result["layers"]}
+    assert all(stored[name] == dense[name] for name in ("hidden", "classifier"))  # --no-linear
+    assert dense["conv1"] == 500 and dense["conv2"] == 25_000
+    assert final["compression_conv"] == pytest.approx(1 - (stored["conv1"] + stored["conv2"]) / 25_500)
+    if "--compression" in OPTIONS[method]:
+        assert final["compression_conv"] >= 0.8 - 1e-4
+        assert final["compression_conv"] < 0.86  # not much more than was asked for
+    assert ("tolerance" in final) == METHODS[method].adaptive
+    assert {path.suffix for path in (tmp_path / "run" / "plots").iterdir()} == {".png", ".svg"}
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "imp"])
+def test_pruned_weights_are_exactly_zero_at_the_end(method, tmp_path, no_plots):
+    assert run(method, tmp_path / "run") == 0
+    last = lines(tmp_path / "run")[-1]["step"]
+    arrays = saved_arrays(tmp_path / "run", last)
+    kernels = [arrays[f"params/{name}/kernel/value"] for name in ("conv1", "conv2")]
+    assert sum(kernel.size for kernel in kernels) == 25_500
+    assert sum(int(np.sum(kernel == 0)) for kernel in kernels) == round(0.8 * 25_500)
+
+
+# Twelve steps an epoch; the signal comes in the midst of one, of the second round of imp.
+@pytest.mark.parametrize(("method", "steps"), [("snip", 3), ("imp", 27), ("cp", 3), ("matrix_dlrt", 15)])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(method, steps, tmp_path, monkeypatch, no_plots):
+    small = ("--batch-size", "8")
+    assert run(method, tmp_path / "whole", *small) == 0
+    interrupt_after(monkeypatch, steps, 15)
+    assert run(method, tmp_path / "cut", *small) == 143
+    monkeypatch.undo()
+    monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+    assert run(method, tmp_path / "cut", *small, "--resume") == 0
+    whole, cut = lines(tmp_path / "whole"), lines(tmp_path / "cut")
+    assert [numbers(record) for record in cut] == [numbers(record) for record in whole]
+
+
+def test_a_curve_over_steps_is_kept_through_an_interruption(tmp_path, monkeypatch, no_plots):
+    every = ("--batch-size", "8", "--evaluate-every", "5")
+    assert run("tucker", tmp_path / "whole", *every) == 0
+    curves = [record["curve"] for record in lines(tmp_path / "whole")]
+    assert [[point["step"] for point in curve] for curve in curves] == [[5, 10], [15, 20]]
+    every_step = ("--batch-size", "8", "--evaluate-every", "1")
+    assert run("tucker", tmp_path / "steps", *every_step) == 0
+    steps = [point for record in lines(tmp_path / "steps") for point in record["curve"]]
+    assert [point["step"] for point in steps] == list(range(1, 25))
+    # Points are of the training images since the last one of their epoch, and of the test images at their step.
+    for curve, start in zip(curves, (0, 12)):
+        for point, first in zip(curve, (start, curve[0]["step"])):
+            seen = [step["train_loss"] for step in steps[first : point["step"]]]
+            assert point["train_loss"] == pytest.approx(np.mean(seen), rel=1e-6)
+            assert point["test_accuracy"] == steps[point["step"] - 1]["test_accuracy"]
+    interrupt_after(monkeypatch, 7, 15)
+    assert run("tucker", tmp_path / "cut", *every) == 143
+    monkeypatch.setattr(Display, "step", lambda *_: None)
+    assert run("tucker", tmp_path / "cut", *every, "--resume") == 0
+    assert [record["curve"] for record in lines(tmp_path / "cut")] == curves
+
+
+def test_rounds_start_from_the_rewound_weights(tmp_path, no_plots):
+    assert run("imp", tmp_path / "run") == 0
+    records = lines(tmp_path / "run")
+    assert [record["round"] for record in records] == [1, 1, 2, 2, 3, 3]
+    assert [round(record["compression_conv"], 3) for record in records] == [0, 0, 0.553, 0.553, 0.8, 0.8]
+    assert (
+        records[2]["learning_rate"] == records[0]["learning_rate"] > records[1]["learning_rate"]
+    )  # a schedule a round
+
+
+@pytest.mark.parametrize("method", ["tucker", "matrix", "cp"])
+@pytest.mark.parametrize("compression", [0.5, 0.9])
+def test_fixed_ranks_have_the_compression_asked_for_and_hardly_more(digits, method, compression):
+    config = ModelConfig(method=method, compression=compression, linear=False)
+    model = build_model(config, digits, 0)
+    found = totals(layers(nnx.as_pure(nnx.state(model, nnx.Param)), kinds_of(model))).conv_compression
+    assert compression <= found < compression + 0.03
+
+
+def test_a_compression_out_of_reach_is_told(digits):
+    with pytest.raises(ValueError, match=r"--compression 0\.9999: lenet5 as tucker has at most 0\.9"):
+        build_model(ModelConfig(method="tucker", compression=0.9999), digits, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "snip"}, "--method snip: say how much to prune with --compression"),
+        ({"method": "tdlrt", "compression": 0.9}, "no effect on --method tdlrt: reach it with --budget"),
+        ({"method": "dense", "compression": 0.9}, "no effect on --method dense$"),
+        ({"method": "cp", "compression": 1.0}, "expected a number between 0 and 1"),
+    ],
+)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**options)
+
+
+def test_rewinding_is_to_an_epoch_of_the_first_round():
+    config = TrainConfig(model=ModelConfig(method="imp", compression=0.5))
+    assert config.epochs == 4 * config.optimizer.epochs
+    with pytest.raises(ValueError, match="--rewind-epochs 20: expected fewer than the 20 of --epochs"):
+        dataclasses.replace(config, pruning=PruningConfig(rewind_epochs=20))
+    assert from_json(config.to_json()) == config
+
+
+def test_hidden_layers_are_pruned_where_others_compress_them_and_the_classifier_never():
+    kinds = {"conv1": "convolution", "hidden": "linear", "classifier": "linear"}
+    for linear, expected in ((True, ["conv1", "hidden"]), (False, ["conv1"])):
+        config = ModelConfig(method="snip", compression=0.5, linear=linear)
+        assert [name for name in kinds if is_pruned(config, kinds, name)] == expected
