@@ -77,11 +77,16 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
         facts[name] = {
             "what": FORMS[name],
             "compile_seconds": time.perf_counter() - started,
-            "parameter_bytes": tree_bytes(parameters) if parameters else None,
+            "parameter_bytes": tree_bytes(parameters),
             **memory_of(compiled),
             "flops": (compiled.cost_analysis() or {}).get("flops"),
         }
         programs[name] = partial(_run, compiled, *parameters, x)
+    # The exported program has its weights, those of the plain layers, as constants, which the compiler does not count.
+    weights = facts["plain"]["parameter_bytes"]
+    facts["exported"]["parameter_bytes"] = weights
+    if "peak_bytes" in facts["exported"]:
+        facts["exported"]["peak_bytes"] += weights
     with contextlib.ExitStack() as stack:
         peer = stack.enter_context(Peer(options.peers)) if options.peers else None
         if peer is not None:

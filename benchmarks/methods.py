@@ -15,6 +15,7 @@ from jax import Array
 import tdlrt_jax
 from benchmarks.networks import Network, build, images, loss_of
 from benchmarks.paper_step import paper_step
+from experiments import programs
 
 __all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "tree_bytes"]
 
@@ -41,12 +42,8 @@ def tree_bytes(tree: Any) -> int:
 
 def memory_of(compiled: Any) -> dict[str, int]:
     """Bytes that the compiler plans for a program: its temporaries, and its peak with all arguments and results."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return {}
-    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return {"temporary_bytes": temporary, "peak_bytes": arguments + temporary + new}
+    found = programs.memory_of(compiled)
+    return {"temporary_bytes": found["temporaries"], "peak_bytes": found["peak"]} if found else {}
 
 
 class TrainingStep:

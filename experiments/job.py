@@ -199,7 +199,9 @@ class _Job:
 
     def _evaluate_between(self) -> None:
         """A point of the curve of ``--evaluate-every``."""
+        started = time.monotonic()
         test_loss, test_accuracy = self.programs.evaluate(self.state, self.held_out["test"])
+        self.sums.seconds -= time.monotonic() - started  # an epoch's seconds are those of its steps
         self.sums.add_point(self._global_step(), self.config.optimizer.batch_size, test_loss, test_accuracy)
 
     def _close_epoch(self, display: Display, writer: Any) -> None:

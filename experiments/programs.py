@@ -21,7 +21,7 @@ from experiments.batches import DeviceImages, Transform, evaluation_batches, sta
 from experiments.metrics import correct, cross_entropy
 from tdlrt_jax.status import NONFINITE
 
-__all__ = ["Programs", "StepReport", "TrainState", "build_programs"]
+__all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"]
 
 
 class TrainState(NamedTuple):
@@ -54,7 +54,7 @@ class Programs:
         self.evaluate = evaluate
         self.compilations = 0
         self.compile_seconds = 0.0
-        self.memory: dict[str, int] = {}  # bytes of the last compiled step, see _memory
+        self.memory: dict[str, int] = {}  # bytes of the last compiled step, see memory_of
         self._step = jax.jit(step, donate_argnums=0)
         self._compiled: dict[Any, Any] = {}
 
@@ -68,11 +68,11 @@ class Programs:
             self._compiled[sizes] = self._step.lower(state, data, order, epoch, index).compile()
             self.compilations += 1
             self.compile_seconds += time.monotonic() - started
-            self.memory = _memory(self._compiled[sizes])
+            self.memory = memory_of(self._compiled[sizes])
         return self._compiled[sizes](state, data, order, epoch, index)
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def memory_of(compiled: Any) -> dict[str, int]:
     """Bytes on the device as the compiler plans them: ``peak`` of a step, its arguments (data set included) and temporaries."""
     analysis = compiled.memory_analysis()
     if analysis is None:

@@ -68,11 +68,15 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{directory.path} holds {state}: continue it with --resume, or name another --run-dir. Nothing was changed"
             )
-        elif directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+        elif directory.path.exists() and not directory._is_empty():
             raise RunDirectoryError(
                 f"{directory.path} exists and is not the directory of a run: name another --run-dir"
             )
         return directory
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing but what a run that was ended while it began may have left."""
+        return self.path.is_dir() and all(path.name.startswith(".config.json.") for path in self.path.iterdir())
 
     def begin(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
         """Makes the directory of a new run, with its ``config.json``."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tdlrt_jax.conv.geometry import PaddingLike, output_size, pad_border, resolve
+from tdlrt_jax.conv.geometry import PaddingLike, output_size, resolve_input
 
 __all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_rank", "cp_spectral", "cp_to_dense", "is_cp"]
 
@@ -105,9 +105,7 @@ def cp_conv(
             f"(k_1, R), ..., (in, R), (out, R) with one R, and in = {x.shape[-1]}"
         )
     window = tuple(factor.shape[0] for factor in windows)
-    lead, image = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - 1 - spatial : -1]
-    geometry, border = resolve(window, image, strides=strides, padding=padding, dilation=dilation)
-    x, geometry = pad_border(x.reshape(math.prod(lead), *image, x.shape[-1]), geometry, border)
+    x, geometry, lead = resolve_input(x, window, strides=strides, padding=padding, dilation=dilation)
     size = output_size(geometry, window, x.shape[1:-1])
     y = jnp.matmul(x, first.astype(x.dtype), precision=precision)
     pads = [(0, 0, 0), *[(*pad, 0) for pad in geometry.padding], (0, 0, 0)]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.conv.convolution import convolve
-from tdlrt_jax.conv.geometry import Geometry, PaddingLike, pad_border, resolve
+from tdlrt_jax.conv.geometry import Geometry, PaddingLike, resolve_input
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
@@ -75,9 +75,7 @@ def matrix_conv(
         raise ValueError(
             f"kernel has {rows} rows: expected prod(window) * in for window={window} and x of shape {x.shape}"
         )
-    lead, image = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - 1 - spatial : -1]
-    geometry, border = resolve(window, image, strides=strides, padding=padding, dilation=dilation)
-    x, geometry = pad_border(x.reshape(math.prod(lead), *image, x.shape[-1]), geometry, border)
+    x, geometry, lead = resolve_input(x, window, strides=strides, padding=padding, dilation=dilation)
     reduce = partial(_reduce, window, geometry, precision)
     if isinstance(kernel, Frame) and kernel.K is not None:
         y = _one_pass(window, geometry, precision, x, kernel._replace(tap=None))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.conv.convolution import convolve, sample_pixels
-from tdlrt_jax.conv.geometry import PaddingLike, pad_border, resolve
+from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
 from tdlrt_jax.conv.onepass import Application, apply_kernel
 from tdlrt_jax.conv.plans import PLANS, is_depthwise, plan_for, streamed_modes
 from tdlrt_jax.frame import Frame
@@ -73,24 +73,20 @@ def tucker_conv(
     Source: paper, section 3.1; the plans and the single backward pass are this library's own.
     """
     shape, rank = _shape_and_rank(kernel)
-    spatial = len(shape) - 2
     _check_channels(x, shape, groups)
     _check_plan(plan, shape, groups)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.result_type(kernel if rank is None else kernel.core))  # type: ignore[union-attr]
 
-    lead, image = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - 1 - spatial : -1]
-    geometry, border = resolve(
+    x, geometry, lead = resolve_input(
+        x,
         shape[:-2],
-        image,
         strides=strides,
         padding=padding,
         dilation=dilation,
         input_dilation=input_dilation,
         groups=groups,
     )
-    x = x.reshape(math.prod(lead), *image, x.shape[-1])
-    x, geometry = pad_border(x, geometry, border)
     if math.prod(shape[:-2]) == 1:
         x, geometry = sample_pixels(x, geometry)
     if rank is None:

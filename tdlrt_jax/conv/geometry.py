@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "resolve"]
+__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "resolve", "resolve_input"]
 
 PaddingLike = str | int | Sequence[int | Sequence[int]]
 
@@ -76,6 +77,28 @@ def resolve(
     else:
         pads = _explicit_padding(padding, spatial)
     return Geometry(strides, pads, dilation, input_dilation, groups), border
+
+
+def resolve_input(x: Array, window: Sequence[int], **options: Any) -> tuple[Array, Geometry, tuple[int, ...]]:
+    """What every convolution begins with: one batch axis, an explicit geometry, and a border that is not of zeros.
+
+    Args:
+      x: ``(batch..., spatial..., channels)``.
+      window: the kernel's spatial shape.
+      options: of :func:`resolve`.
+
+    Returns:
+      ``(N, spatial..., channels)`` with its border where that holds the image's own values; the geometry that is left; and the
+      batch axes, for the result.
+
+    Raises:
+      ValueError: see :func:`resolve`.
+    """
+    split = x.ndim - 1 - len(window)
+    lead, image = x.shape[:split], x.shape[split:-1]
+    geometry, border = resolve(window, image, **options)
+    x, geometry = pad_border(x.reshape(math.prod(lead), *image, x.shape[-1]), geometry, border)
+    return x, geometry, lead
 
 
 def pad_border(x: Array, geometry: Geometry, border: str | None) -> tuple[Array, Geometry]:

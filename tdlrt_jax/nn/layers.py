@@ -15,7 +15,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from tdlrt_jax.conv import tucker_conv, tucker_linear
-from tdlrt_jax.conv.geometry import PaddingLike, pad_border, resolve
+from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
 from tdlrt_jax.initialization import Rank, initial_kernel
 from tdlrt_jax.tucker import TuckerTensor, to_dense
 
@@ -180,16 +180,14 @@ class TuckerConv(nnx.Module):
     def _dense_convolution(self, inputs: Array, kernel: Array, out_sharding: Any) -> Array:
         """The convolution by the dense kernel, with the function that the user chose."""
         spatial = len(self.kernel_size)
-        lead, image = inputs.shape[: inputs.ndim - 1 - spatial], inputs.shape[inputs.ndim - 1 - spatial : -1]
-        geometry, border = resolve(
+        flat, geometry, lead = resolve_input(
+            inputs,
             self.kernel_size,
-            image,
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,
             input_dilation=self.input_dilation,
         )
-        flat, geometry = pad_border(inputs.reshape(-1, *image, inputs.shape[-1]), geometry, border)
         last = spatial + 1
         data, weights = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
         # Functions that know nothing of the newer options are not given them needlessly.

@@ -475,3 +475,13 @@ def test_interruption_restores_handlers():
         signal.raise_signal(signal.SIGTERM)
         assert interruption.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_run_ended_while_it_began_left_is_in_nobodys_way(tmp_path, no_plots):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.123").write_text("{")
+    assert run(*DENSE, "--run-dir", tmp_path / "run") == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert run(*DENSE, "--run-dir", tmp_path / "mine") == 2
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
