@@ -40,7 +40,7 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
     with tempfile.TemporaryDirectory() as cache:  # compiled once, not in every process
         for turn in range(TURNS):
             for name, value in (("without", ""), ("with", SETTINGS[VARIABLE])):
-                say(f"{name} huge pages that are kept, {turn + 1} of {TURNS}")
+                say(f"{name} huge pages, {turn + 1} of {TURNS}")
                 environ = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, VARIABLE: value}
                 done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
                 for key, values in json.loads(done.stdout.splitlines()[-1]).items():
