@@ -17,7 +17,7 @@ import tdlrt_jax
 from tdlrt_jax import models
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.nn import TuckerConv
-from tdlrt_jax.truncation import max_capacity
+from tdlrt_jax.ranks import max_capacity
 
 __all__ = [
     "CLASSES",

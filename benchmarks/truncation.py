@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cells import Cell, Options
 from benchmarks.timing import in_turn, spread
-from tdlrt_jax.truncation import Route
+from tdlrt_jax.ranks import Route
 
 __all__ = ["cells"]
 
@@ -47,8 +47,9 @@ def _measure(
     import jax.numpy as jnp
     import numpy as np
 
+    from tdlrt_jax.ranks import RankPolicy
     from tdlrt_jax.rotation import sketch_size
-    from tdlrt_jax.truncation import RankPolicy, truncate
+    from tdlrt_jax.truncation import truncate
 
     capacity = (3, 3, rank, rank)
     channels = shape[-1]

@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["asked", "markdown", "rows"]
+from experiments.methods import METHODS
+from experiments.tables import costs
+
+__all__ = ["asked", "is_adaptive", "markdown", "method_name", "rows"]
 
 # What may differ between the runs of one row.
 RUN_ONLY = ("seed", "run_dir", "resume", "data_dir", "cache_dir")
@@ -42,7 +45,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
         finals = [result["final"] for result in results]
         table.append(
             {
-                "method": options["integrator"] if options["method"] == "tdlrt" else "dense",
+                "method": method_name(options),
                 "tau": asked(options),
                 "epochs": options["epochs"],
                 "seeds": sorted(result["seed"] for result in results),
@@ -53,12 +56,27 @@ def rows(directory: Path) -> list[dict[str, Any]]:
                 **_costs(results),
             }
         )
-    return sorted(table, key=lambda row: (row["method"], str(row["tau"])))
+    return sorted(table, key=lambda row: (str(row["method"]), str(row["tau"])))
+
+
+def is_adaptive(options: Mapping[str, Any]) -> bool:
+    """Whether a run's method adapts ranks."""
+    method = METHODS.get(str(options.get("method")))
+    return method is not None and method.adaptive
+
+
+def method_name(options: Mapping[str, Any]) -> str | None:
+    """A run's method, with its integrator where it has one: ``"bug"``, ``"matrix_dlrt bug"``, ``"cp"``."""
+    words = [str(options["method"])] if options.get("method") not in (None, "tdlrt") else []
+    words += [str(options["integrator"])] if is_adaptive(options) and "integrator" in options else []
+    return " ".join(words) or None
 
 
 def asked(options: Mapping[str, Any]) -> float | str | None:
-    """The tolerance or the budget of a run; None for a dense one."""
-    if options.get("method") != "tdlrt":
+    """The tolerance, the budget or the compression that a run was given; None for one without."""
+    if options.get("compression") is not None:
+        return f"compression {options['compression']:.0%}"
+    if not is_adaptive(options):
         return None
     return options.get("tau") if options.get("budget") is None else f"budget {options['budget']:.0%}"
 
@@ -67,20 +85,8 @@ def _costs(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Time and memory, of results that record them: a step's median over the epochs, without compiling; MiB at the end."""
     if not all("step_memory" in record for result in results for record in result["epochs"]):
         return {}
-    seconds, peaks, states = [], [], []
-    for result in results:
-        steps = result["images"]["train"] // result["options"]["batch_size"]
-        epochs = result["epochs"]
-        seconds.append(statistics.median((r["seconds"] - r["compile_seconds"]) / steps for r in epochs))
-        memory, state = epochs[-1]["step_memory"], epochs[-1]["state_bytes"]
-        # The step's arguments hold the whole data set beside the state; it is the same for all methods and left out.
-        peaks.append(memory["peak"] - memory["arguments"] + state)
-        states.append(state)
-    return {
-        "seconds": statistics.median(seconds),
-        "peak": statistics.median(peaks) / 2**20,
-        "state": statistics.median(states) / 2**20,
-    }
+    found = costs(results)
+    return {"seconds": found.step, "peak": found.last_peak, "state": found.state}
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:

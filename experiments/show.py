@@ -20,7 +20,7 @@ from rich.table import Table
 from experiments import plots
 from experiments.display import history_table, layer_table, rank_table
 from experiments.metrics import Layer, totals
-from experiments.results_table import asked
+from experiments.results_table import asked, is_adaptive, method_name
 from experiments.run_directory import RunDirectory, RunDirectoryError
 
 __all__ = ["Run", "comparison_table", "load", "main", "show"]
@@ -234,11 +234,10 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for run in runs:
         last, options = run.history[-1] if run.history else {}, run.options
-        adaptive = options.get("method") == "tdlrt"
         seconds = [record["seconds"] for record in run.history if "seconds" in record]
         cells = [
             options.get("model"),
-            options.get("integrator") if adaptive else options.get("method"),
+            method_name(options),
             asked(options),
             options.get("seed"),
             f"{len(run.history)}/{options.get('epochs', '?')}",
@@ -270,10 +269,9 @@ def _describe(options: Mapping[str, Any]) -> str:
     """The options that tell runs apart, in a line."""
     if not options:
         return "options are not known"
-    adaptive = options.get("method") == "tdlrt"
     threshold = "tau" if options.get("budget") is None else "budget"
-    names = ["integrator", threshold, "spare", "criterion", "rank", "max_rank"] if adaptive else []
-    names += ["width", "optimizer", "learning_rate", "batch_size", "epochs", "seed"]
+    names = ["integrator", threshold, "spare", "criterion", "rank", "max_rank"] if is_adaptive(options) else []
+    names += ["compression", "width", "optimizer", "learning_rate", "batch_size", "epochs", "seed"]
     words = [f"{name} {options[name]}" for name in names if options.get(name) is not None]
     start = f"{options.get('model', '?')} ({options.get('method', '?')}) on {options.get('dataset', '?')}"
     return f"{start}: {', '.join(words)}"

@@ -8,9 +8,10 @@ from tdlrt_jax.frame import Frame, lift, value_and_grad
 from tdlrt_jax.galerkin import value_and_two_grads
 from tdlrt_jax.optimizer import TdlrtState, tdlrt
 from tdlrt_jax.paths import kernel_paths
+from tdlrt_jax.ranks import RankPolicy
 from tdlrt_jax.status import describe_status
 from tdlrt_jax.step import StepInfo, tdlrt_step
-from tdlrt_jax.truncation import RankPolicy, hosvd
+from tdlrt_jax.truncation import hosvd
 from tdlrt_jax.tucker import (
     TuckerTensor,
     active_rank,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from tdlrt_jax.truncation import max_capacity, truncate
+from tdlrt_jax.ranks import max_capacity
+from tdlrt_jax.truncation import truncate
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, kernel_shape, multi_mode_product
 
 __all__ = ["average"]

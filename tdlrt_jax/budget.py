@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.batching import map_batched
-from tdlrt_jax.truncation import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
+from tdlrt_jax.ranks import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_rank, kernel_shape, parameter_count, unfold
 
 __all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_state", "mode_energies", "plan_budget"]

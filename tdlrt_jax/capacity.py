@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 
 from tdlrt_jax.paths import kernel_paths, path_name
-from tdlrt_jax.truncation import max_capacity, truncate
+from tdlrt_jax.ranks import max_capacity
+from tdlrt_jax.truncation import truncate
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,

@@ -16,8 +16,8 @@ from tdlrt_jax.budget import Budget, BudgetState, Plan, allowed, fit_ranks, init
 from tdlrt_jax.integrators import Galerkin, Truncation
 from tdlrt_jax.integrators.bug import existing, stepped_core
 from tdlrt_jax.paths import KernelTree
+from tdlrt_jax.ranks import RankPolicy, check_policy, check_tolerance, per_mode
 from tdlrt_jax.rules import Rule, check_rules_match, layer_path, rule_for
-from tdlrt_jax.truncation import RankPolicy, check_policy, check_tolerance, per_mode
 from tdlrt_jax.tucker import TuckerTensor, active_rank
 
 __all__ = ["Bounds", "RankControl"]

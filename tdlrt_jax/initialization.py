@@ -17,7 +17,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from tdlrt_jax.truncation import check_ranks, hosvd
+from tdlrt_jax.ranks import check_ranks
+from tdlrt_jax.truncation import hosvd
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
 __all__ = [

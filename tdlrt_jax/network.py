@@ -19,8 +19,8 @@ from tdlrt_jax.frame import Frame, active_core, chart_point, lift_all
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
+from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
 from tdlrt_jax.transport import Kind, Moment, embed_moment, find_moments, transport_moment, turn_moment
-from tdlrt_jax.truncation import RankPolicy, max_capacity, per_mode
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,

@@ -24,9 +24,9 @@ from tdlrt_jax.frame import chart_point, lift_all
 from tdlrt_jax.integrators import INTEGRATORS
 from tdlrt_jax.network import NetworkStep, StepOutcome, look_plain
 from tdlrt_jax.paths import flatten_kernels
+from tdlrt_jax.ranks import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.rules import parse_rules
 from tdlrt_jax.transport import Kind, find_moments
-from tdlrt_jax.truncation import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.tucker import TuckerTensor, active_rank, check_structure
 
 __all__ = ["TdlrtState", "tdlrt"]

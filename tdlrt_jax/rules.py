@@ -17,15 +17,7 @@ from typing import Any
 import numpy as np
 
 from tdlrt_jax.initialization import INITIALIZATIONS, Rank
-from tdlrt_jax.truncation import (
-    DEFAULT_POLICY,
-    Convention,
-    Criterion,
-    RankPolicy,
-    check_policy,
-    check_tolerance,
-    per_mode,
-)
+from tdlrt_jax.ranks import DEFAULT_POLICY, Convention, Criterion, RankPolicy, check_policy, check_tolerance, per_mode
 
 __all__ = ["Rule", "check_rules_match", "layer_path", "parse_rules", "rule_for"]
 

@@ -11,7 +11,8 @@ import pytest
 import tdlrt_jax
 from tdlrt_jax import Budget, active_rank, kernel_paths, kernel_shape, parameter_count, tdlrt, to_dense
 from tdlrt_jax.budget import allowed, fit_ranks, initial_state, mode_energies, plan_budget
-from tdlrt_jax.truncation import RankPolicy, hosvd
+from tdlrt_jax.ranks import RankPolicy
+from tdlrt_jax.truncation import hosvd
 from tests.helpers import random_kernel
 
 SHAPES = [((3, 3, 12, 16), (3, None, 9, 10)), ((40, 30), (20, 20)), ((5, 14, 9), (5, 9, 9))]

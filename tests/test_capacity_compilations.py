@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tdlrt_jax import TuckerTensor, fit_capacity, resize
 from tdlrt_jax.capacity import full_kernels
-from tdlrt_jax.truncation import max_capacity
+from tdlrt_jax.ranks import max_capacity
 from tdlrt_jax.tucker import parameter_count
 
 SHAPES = {"first": (3, 3, 4, 40), "second": (24, 40), "third": (3, 16, 24)}

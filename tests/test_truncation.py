@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import tdlrt_jax
 from tdlrt_jax import RankPolicy, hosvd
-from tdlrt_jax.truncation import max_capacity, truncate
+from tdlrt_jax.ranks import max_capacity
+from tdlrt_jax.truncation import truncate
 from tests import references
 from tests.helpers import dense64, orthonormality
 

@@ -16,8 +16,8 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
+from tdlrt_jax.ranks import tails
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
-from tdlrt_jax.truncation import tails
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
 
 __all__ = ["Augmented", "augment", "augment_all", "augmented_width", "embed", "new_directions", "unchanged"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.integrators.augmentation import Augmented
-from tdlrt_jax.truncation import RankPolicy
+from tdlrt_jax.ranks import RankPolicy
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor
 
 __all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors"]

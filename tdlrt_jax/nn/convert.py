@@ -16,8 +16,9 @@ from tdlrt_jax.initialization import compiled_hosvd, initial_kernel, kernel_rank
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init
 from tdlrt_jax.nn.modules import children, replace_modules
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
+from tdlrt_jax.ranks import RankPolicy, check_tolerance
 from tdlrt_jax.rules import Rule, check_rules_match, parse_rules, rule_for
-from tdlrt_jax.truncation import RankPolicy, check_tolerance, hosvd, truncate
+from tdlrt_jax.truncation import hosvd, truncate
 from tdlrt_jax.tucker import TuckerTensor, active_rank, mode_product, to_dense
 
 __all__ = ["densify", "kernel_from_rule", "tuckerize"]

@@ -6,6 +6,8 @@ import pytest
 
 from experiments import table1
 from experiments.config import TrainConfig
+from experiments.grid import main
+from experiments.methods import METHODS
 from experiments.protocol import CONFIGS, read_protocol, read_rows
 from experiments.tables import Sources, Statistic, costs, final, latex_table, options_of, read_results, shrunk
 
@@ -164,3 +166,20 @@ def test_small_parts():
     assert sources.text() == "- a: unknown hardware; no commit, jax ?\n- b: unknown hardware; commit c, jax ?"
     latex = latex_table([("A & B", ["x", "y"])], [["m_1", "1%", "τ"]])
     assert "\\multicolumn{2}{c}{A \\& B}" in latex and "m\\_1 & 1\\% & $\\tau$ \\\\" in latex and "{lrr}" in latex
+
+
+def test_every_row_trains_at_the_smallest_scale(tmp_path, capsys):
+    """Table 1 through its own command: all methods on AlexNet, of few digits (runs ending in -same left out)."""
+    arguments = ["--scale", "smoke", "--dataset", "digits", "--jobs", "2", "--runs", str(tmp_path / "runs")]
+    arguments += ["--results", str(tmp_path / "results")]
+    for only in ("alexnet/dense/*", "alexnet/*[!e]/*"):
+        assert main(table1.GRID, [*arguments, "--only", only]) == 0, capsys.readouterr().out
+    methods = [row.method for row in read_rows(CONFIGS / "table1") if row.network == "alexnet"]
+    assert {path.parent.name for path in (tmp_path / "results").rglob("seed0.json")} == set(methods) == set(METHODS)
+    text = (tmp_path / "results" / "table1.md").read_text()
+    for method in METHODS.values():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {method.title} |")]
+        assert line.count("—") >= 8  # the other networks', not run
+        alexnet = line.split("|")[6:8]
+        assert all(float(cell) >= 0 for cell in alexnet), line
+    assert "dataset digits instead of cifar10" in text and "width 0.125 instead of 1.0" in text

@@ -77,3 +77,13 @@ def test_max_pool_is_nnx_max_pool_and_so_is_its_gradient(window):
     theirs = value_and_grad(lambda x: nnx.max_pool(x, (window, window), strides=(window, window)))
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6)
+
+
+def test_the_gradient_at_equal_maxima_goes_to_one_of_them_and_nan_is_not_hidden():
+    x = jnp.zeros((1, 2, 2, 1))
+    assert jax.grad(lambda x: jnp.sum(max_pool(x)))(x)[0, ..., 0].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    for place in np.ndindex(2, 2):
+        assert np.isnan(max_pool(jnp.ones((1, 2, 2, 1)).at[0, *place, 0].set(jnp.nan))).all()
+    # A reduction's gradient compares its operand with the result; no selection divides by how many are equal.
+    text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(max_pool(x))))(x))
+    assert " div " not in text and "reduce_max" not in text
