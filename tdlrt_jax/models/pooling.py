@@ -11,7 +11,7 @@ __all__ = ["max_pool"]
 
 
 def max_pool(x: Array, window: int = 2) -> Array:
-    """Max pooling over windows that do not overlap, by selections: on the CPU quicker than a reduction over windows.
+    """Max pooling over windows that do not overlap, by selections, which are quick to differentiate.
 
     The gradient goes to the first of equal maxima, of a column's before those of a row. It is not that of ``jnp.max``, which
     looks for the entries that equal the result and divides by their number: where the compiler computes the input a second time

@@ -107,26 +107,12 @@ class MatrixConv(_Convolution):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = 1,
-        *,
+        *arguments: Any,
         rank: Rank = None,
         initialization: str | Callable[..., TuckerTensor] = "dense",
-        rngs: nnx.Rngs,
         **options: Any,
     ):
-        super().__init__(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            rank=rank,
-            initialization=initialization,
-            rngs=rngs,
-            **options,
-        )
+        super().__init__(*arguments, rank=rank, initialization=initialization, **options)
 
     def _draw(
         self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
@@ -161,28 +147,8 @@ class CPConv(_Convolution):
       [(3, 5), (3, 5), (3, 5), (16, 5)]
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = 1,
-        *,
-        rank: int | float,
-        initialization: str = "normal",
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            rank=rank,
-            initialization=initialization,
-            rngs=rngs,
-            **options,
-        )
+    def __init__(self, *arguments: Any, rank: int | float, initialization: str = "normal", **options: Any):
+        super().__init__(*arguments, rank=rank, initialization=initialization, **options)
 
     def _draw(
         self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
