@@ -16,11 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from tdlrt_jax.conv.geometry import PaddingLike, output_size, resolve_input
+from tdlrt_jax.initialization import SMALLEST_VALUE
 
 __all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_rank", "cp_spectral", "cp_to_dense", "is_cp"]
-
-
-SMALLEST_VALUE = 1e-30  # of the norms of terms: far below any rounding error, and not yet where float32 ends
 
 
 class CPTensor(NamedTuple):
