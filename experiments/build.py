@@ -17,10 +17,12 @@ from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.data import Dataset
 from experiments.metrics import layers, totals
 from tdlrt_jax import models
+from tdlrt_jax.baselines import balance
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.initialization import Rank
 from tdlrt_jax.nn import CPConv, MatrixConv, TuckerConv, TuckerLinear
 from tdlrt_jax.nn.summary import layer_kind, layers_with_kernels, module_path
+from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["build_descent", "build_model", "build_optimizer", "is_pruned", "kinds_of", "learning_rate"]
 
@@ -49,13 +51,18 @@ def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
         parts["width"] = config.width
     elif config.parts.layer != "dense" and config.linear:
         parts["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
-    return _MODELS[config.model](
+    model = _MODELS[config.model](
         num_classes=dataset.classes,
         input_channels=channels,
         input_shape=(height, width),
         rngs=nnx.Rngs(seed),
         **parts,
     )
+    if config.balanced:
+        for layer in layers_with_kernels(model).values():
+            if is_tucker(kernel := layer.kernel.get_value()):
+                layer.kernel.set_value(balance(kernel))
+    return model
 
 
 def _convolution(config: ModelConfig) -> Any:

@@ -102,6 +102,8 @@ class ModelConfig:
     """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
     """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
+    balanced: bool = False
+    """Of tucker: core and factors start with even shares of the singular values, as cp does, instead of orthonormal factors."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
@@ -118,6 +120,8 @@ class ModelConfig:
         if self.compression is not None and (self.parts.adaptive or self.method == "dense"):
             remedy = "" if self.method == "dense" else ": reach it with --budget"
             raise ValueError(f"--compression {self.compression} has no effect on --method {self.method}{remedy}")
+        if self.balanced and self.method != "tucker":
+            raise ValueError(f"--balanced is for --method tucker, not {self.method}")
 
     @property
     def parts(self) -> Method:

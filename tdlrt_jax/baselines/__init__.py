@@ -16,12 +16,14 @@ from tdlrt_jax.baselines.pruning import (
     snip_scores,
     weights_of_layers,
 )
+from tdlrt_jax.baselines.tucker import balance
 
 __all__ = [
     "CPTensor",
     "PrunedState",
     "PruningRound",
     "apply_masks",
+    "balance",
     "cp_als",
     "cp_conv",
     "cp_normal",

@@ -151,11 +151,24 @@ def test_a_compression_out_of_reach_is_told(digits):
         ({"method": "tdlrt", "compression": 0.9}, "no effect on --method tdlrt: reach it with --budget"),
         ({"method": "dense", "compression": 0.9}, "no effect on --method dense$"),
         ({"method": "cp", "compression": 1.0}, "expected a number between 0 and 1"),
+        ({"method": "cp", "balanced": True}, "--balanced is for --method tucker, not cp"),
     ],
 )
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**options)
+
+
+def test_balanced_kernels_are_the_same_network_whose_factors_are_not_orthonormal(digits):
+    plain, balanced = (
+        build_model(ModelConfig(method="tucker", rank=1.0, initialization="spectral", balanced=on), digits, 0)
+        for on in (False, True)
+    )
+    images = digits.train.images[:8].astype(np.float32) / 255
+    np.testing.assert_allclose(balanced(images), plain(images), rtol=1e-3, atol=1e-4)
+    sizes = [np.linalg.norm(model.conv2.kernel.get_value().factors[3], axis=0) for model in (plain, balanced)]
+    np.testing.assert_allclose(sizes[0], 1, rtol=1e-5)
+    np.testing.assert_allclose(sizes[1][1:9] / sizes[1][:8], 10**-0.2, rtol=1e-3)  # a fifth of every decade
 
 
 def test_rewinding_is_to_an_epoch_of_the_first_round():
