@@ -13,8 +13,8 @@ def balance(kernel: TuckerTensor) -> TuckerTensor:
     """The same kernel with its singular values shared evenly by the core and the factors, as ``U Σ^(1/2)``, ``Σ^(1/2) V^T`` does.
 
     ``U_i <- U_i D_i`` and ``C <- C ×_i D_i^-1`` with ``D_i = diag(s_i)^(1 / (m + 1))`` for the norms ``s_i`` of the core's slices
-    along mode ``i`` and ``m`` factors: of a superdiagonal core, every part gets the same power of a singular value. Plain gradients
-    are not the same in the new coordinates: those of parts that multiply a small singular value become small.
+    along mode ``i`` and ``m`` factors: of a superdiagonal core, every part gets the same power of a singular value. Plain
+    gradients are not the same in the new coordinates: those of parts that multiply a small singular value become small.
 
     Args:
       kernel: a Tucker kernel; for the norms to be singular values, its core's slices are orthogonal along every mode, as after
@@ -29,7 +29,7 @@ def balance(kernel: TuckerTensor) -> TuckerTensor:
       >>> [round(float(size), 3) for size in jnp.linalg.norm(balance(kernel).factors[0], axis=0)]
       [2.0, 1.0]
 
-    Source: spectral initialization of Khodak et al. (2021), section 4.3 of the paper, carried over to a core and any number of factors.
+    Source: spectral initialization (Khodak et al., 2021; section 4.3 of the paper), carried over to a core and its factors.
     """
     factored = [mode for mode, factor in enumerate(kernel.factors) if factor is not None]
     core = kernel.core
