@@ -41,7 +41,10 @@ def markdown(directory: Path) -> str:
 
 
 def overview(cells: dict[str, dict[str, Any]]) -> str:
-    """Seconds of a training step in all networks, with the ratio to dense PyTorch's, or dense JAX's where it was not measured."""
+    """Seconds of a training step in all networks, with the ratio to dense PyTorch's where it was measured.
+
+    Else it is to dense JAX's, or to what was measured first.
+    """
     results = {key: cell["result"]["methods"] for key, cell in cells.items()}
     names = list(dict.fromkeys(name for methods in results.values() for name in methods))
     rows = []
@@ -52,12 +55,14 @@ def overview(cells: dict[str, dict[str, Any]]) -> str:
                 row.append("")
                 continue
             ratios = methods[name]["ratio"]
-            to = "torch dense" if "torch dense" in ratios else "dense"
+            to = next((name for name in ("torch dense", "dense") if name in ratios), next(iter(ratios)))
             row.append(f"{methods[name]['seconds']['median']:.3f} ({ratios[to]['of_medians']:.2f})")
         rows.append(row)
-    return "Seconds of a step, and its ratio to dense PyTorch's (dense JAX's where there is no PyTorch).\n\n" + table(
-        ["method", *results], rows
+    about = (
+        "Seconds of a step, and its ratio to dense PyTorch's (dense JAX's where there is no PyTorch, and the first method's where "
+        "there is neither)."
     )
+    return f"{about}\n\n{table(['method', *results], rows)}"
 
 
 def _where(environment: dict[str, Any]) -> str:

@@ -62,6 +62,7 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
     facts |= {name: {"what": JAX_METHODS[name], **step.facts()} for name, step in steps.items()}
     del steps
     gc.collect()
+    baselines = [name for name in BASELINES if name in seconds] or list(seconds)[:1]
     return {
         "network": network._asdict(),
         "fraction": fraction_for(network),
@@ -71,7 +72,7 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
         "methods": {
             name: {
                 "seconds": spread(values),
-                "ratio": {to: ratio(seconds, name, to) for to in BASELINES if to in seconds},
+                "ratio": {to: ratio(seconds, name, to) for to in baselines},
                 **facts[name],
             }
             for name, values in seconds.items()

@@ -116,6 +116,18 @@ def test_inference_of_all_forms_from_the_command_to_the_table(tmp_path):
     assert "| form | images / s |" in text and "| exported |" in text
 
 
+def test_any_choice_of_methods_has_a_table(tmp_path):
+    arguments = ["--scale", "smoke", "--sections", "steps", "--output", str(tmp_path), "--no-peers"]
+    for batch in ("4", "8"):
+        assert run.main([*arguments, "--methods", "factorized", "parallel", "--batches", batch]) == 0
+    assert run.main([*arguments, "--methods", "parallel", "amortized", "--batches", "2"]) == 0
+    cells = Results(tmp_path / "steps.json").cells
+    alone = cells["alexnet-batch2-90%"]["result"]["methods"]
+    assert alone["parallel"]["ratio"]["parallel"]["of_medians"] == 1 and set(alone["amortized"]["ratio"]) == {"parallel"}
+    line = next(line for line in report.markdown(tmp_path).splitlines() if line.startswith("| factorized |"))
+    assert line.count("(1.00)") == 2 and line.endswith("|  |")
+
+
 def test_growth_counts_and_measures_the_same_layer(tmp_path):
     from benchmarks.growth import Layer, counted, slope
 
