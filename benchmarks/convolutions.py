@@ -1,12 +1,12 @@
 """What XLA's convolutions cost where the library takes another way: inside of control flow, and between few channels.
 
 A 3x3 convolution's kernel gradient (``corr``) by itself and inside of a ``lax.cond``, as a convolution and as matrix products;
-and forward passes to 64 channels from few in-channels.
+and forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = ["cells"]
 
 SIZES = ((32, 18), (16, 36), (8, 72), (4, 144))  # (pixels a side, channels in and out)
 NARROW = (1, 3, 8, 16, 32)
+ODD_AND_EVEN = (3, 4, 7, 8, 15, 16)
 
 
 def cells(options: Options) -> list[Cell]:
@@ -29,7 +30,12 @@ def cells(options: Options) -> list[Cell]:
         )
         for side, channels in SIZES
     ]
-    return [*found, Cell("few in-channels", partial(_narrow, options.rounds, batch))]
+    return [
+        *found,
+        Cell("few in-channels", partial(_forward, options.rounds, batch, 3, NARROW, 64)),
+        Cell("odd and even in-channels, 3x3", partial(_forward, options.rounds, batch, 3, ODD_AND_EVEN, 24)),
+        Cell("odd and even in-channels, 5x5", partial(_forward, options.rounds, batch, 5, ODD_AND_EVEN, 24)),
+    ]
 
 
 def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -58,18 +64,23 @@ def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callab
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 
 
-def _narrow(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _forward(
+    rounds: int, batch: int, side: int, in_channels: Sequence[int], n_out: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """XLA's convolution itself, of images of 32x32 pixels."""
     import jax
 
-    from tdlrt_jax.conv.convolution import convolve
-    from tdlrt_jax.conv.geometry import resolve
-
-    geometry, _ = resolve((3, 3), (32, 32))
+    convolution = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     programs = {}
-    for channels in NARROW:
+    for channels in in_channels:
         x = jax.random.normal(jax.random.key(0), (batch, 32, 32, channels))
-        kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, 64))
-        programs[f"{channels} to 64 channels"] = partial(_run, jax.jit(partial(convolve, geometry=geometry)), x, kernel)
+        kernel = jax.random.normal(jax.random.key(1), (side, side, channels, n_out))
+        programs[f"{channels} to {n_out} channels"] = partial(_run, jax.jit(convolution), x, kernel)
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 

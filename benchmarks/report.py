@@ -59,8 +59,8 @@ def overview(cells: dict[str, dict[str, Any]]) -> str:
             row.append(f"{methods[name]['seconds']['median']:.3f} ({ratios[to]['of_medians']:.2f})")
         rows.append(row)
     about = (
-        "Seconds of a step, and its ratio to dense PyTorch's (dense JAX's where there is no PyTorch, and the first method's where "
-        "there is neither)."
+        "Seconds of a step, and its ratio to dense PyTorch's (dense JAX's where there is no PyTorch, and the first method's "
+        "where there is neither)."
     )
     return f"{about}\n\n{table(['method', *results], rows)}"
 

@@ -1,4 +1,4 @@
-"""A convolution carried out as matrix products, which is what control flow on the CPU takes, is the same convolution."""
+"""A convolution by another way, matrix products or with one channel more, is the same convolution."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,28 @@ def test_products_are_the_convolution_with_both_its_gradients(window, channels, 
 
     found, expected = (jax.value_and_grad(of(p), argnums=(0, 1))(x, kernel) for p in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+
+
+@pytest.mark.parametrize(
+    "channels, n_out, padded", [(3, 20, True), (7, 34, True), (4, 20, False), (3, 16, False), (1, 20, False)]
+)
+def test_an_odd_number_of_channels_is_made_even_and_changes_nothing(channels, n_out, padded, x64, rng):
+    geometry, _ = resolve((3, 3), (7, 6), strides=2)
+    x = jnp.asarray(rng.normal(size=(2, 7, 6, channels)))
+    kernel = jnp.asarray(rng.normal(size=(3, 3, channels, n_out)))
+
+    def ours(x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, geometry)))
+
+    def plain(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, geometry.strides, geometry.padding, dimension_numbers=layout)
+        return jnp.sum(jnp.sin(y))
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1))(x, kernel) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+    if jax.default_backend() == "cpu":
+        assert (f",{channels + 1}]" in str(jax.make_jaxpr(ours)(x, kernel))) == padded
 
 
 def test_amortized_steps_are_those_of_a_second_pass(x64, rng):

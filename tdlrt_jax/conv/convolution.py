@@ -17,6 +17,9 @@ __all__ = ["conv_general_dilated", "convolve", "sample_pixels"]
 
 # From so many in-channels on, a product for each position of the window beats one product with all patches side by side.
 _MANY_CHANNELS = 16
+# With so many out-channels XLA's CPU convolutions (jaxlib 0.10) of an odd number of in-channels take several times as long
+# as those of one channel more (benchmarks/results/cpu).
+_SLOW_IF_ODD = range(17, 35)
 
 
 def convolve(
@@ -32,9 +35,9 @@ def convolve(
 
     A pointwise kernel (and no spatial dimension at all) is a matrix product. On the CPU so is a window wider than the
     image, where XLA leaves its fast convolution and is far slower than the product; for larger images the convolution is
-    as fast or faster. With ``products`` it is matrix products in any case: inside of ``lax.cond``, ``scan`` and
-    ``while_loop`` XLA's CPU convolutions take 15 to 77 times as long (jaxlib 0.10, benchmarks/results/cpu), its matrix
-    products do not.
+    as fast or faster. An odd number of in-channels is made even there where that helps. With ``products`` it is matrix
+    products in any case: inside of ``lax.cond``, ``scan`` and ``while_loop`` XLA's CPU convolutions take 15 to 77 times as
+    long (jaxlib 0.10, benchmarks/results/cpu), its matrix products do not.
     """
     window, image = kernel.shape[:-2], x.shape[1:-1]
     if products and geometry.groups == 1 and kernel.shape[-2] >= _MANY_CHANNELS:
@@ -43,6 +46,10 @@ def convolve(
         return _product_with_patches(x, kernel, geometry, precision, preferred_element_type)
     if math.prod(window) == 1 or (jax.default_backend() == "cpu" and _wider_than_image(window, image, geometry)):
         return _product_with_patches(x, kernel, geometry, precision, preferred_element_type)
+    if _is_slow(kernel, geometry) and jax.default_backend() == "cpu":
+        one_more = [(0, 0)] * len(window)
+        x = jnp.pad(x, [(0, 0), *one_more, (0, 1)])
+        kernel = jnp.pad(kernel, [*one_more, (0, 1), (0, 0)])
     spatial = "".join("DHW"[-len(image) :]) if len(image) <= 3 else "".join(map(chr, range(97, 97 + len(image))))
     layout = f"N{spatial}C"
     return lax.conv_general_dilated(
@@ -108,6 +115,12 @@ def conv_general_dilated(
     )
     precision, result = options.get("precision"), options.get("preferred_element_type")
     return convolve(lhs, rhs, geometry, precision=precision, preferred_element_type=result)
+
+
+def _is_slow(kernel: Array, geometry: Geometry) -> bool:
+    """Whether a channel of zeros makes the convolution quicker."""
+    channels, n_out = kernel.shape[-2:]
+    return geometry.groups == 1 and channels > 1 and channels % 2 == 1 and n_out in _SLOW_IF_ODD
 
 
 def _wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:
