@@ -9,12 +9,12 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 
-.PHONY: help setup train show benchmark peers onnx test lint format types clean
+.PHONY: help setup train show benchmark peers onnx notebooks docs test lint format types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@echo "make TARGET [ARGS=\"...\"]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-10s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s%s\n", $$1, $$2 }'
 
 $(STAMP): pyproject.toml scripts/setup
 	PYTHON="$(PYTHON)" scripts/setup "$(VENV)"
@@ -37,6 +37,12 @@ peers: ## PyTorch and tensorly-torch in an environment of their own (.venv-peers
 onnx: ## check ONNX exports in an environment of their own (.venv-onnx)
 	PYTHON="$(PYTHON)" scripts/onnx_check
 
+notebooks: $(STAMP) ## run the notebooks and refresh their outputs; ARGS=notebooks/NAME.py for single ones
+	$(BIN)/python scripts/notebooks.py $(ARGS)
+
+docs: $(STAMP) ## build the documentation, docs/_build/index.html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build
+
 test: $(STAMP) ## run the tests; ARGS="-k data" passes options to pytest
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(ARGS)
 
@@ -52,5 +58,5 @@ types: $(STAMP) ## check the types
 	$(BIN)/mypy
 
 clean: ## remove caches and build outputs; the environment and runs/ stay
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache .coverage *.egg-info
+	rm -rf build dist docs/_build docs/jupyter_execute docs/notebooks .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache .coverage *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +

@@ -33,18 +33,19 @@ ROUTES = ("gram", "randomized")
 class RankPolicy(NamedTuple):
     """How a tolerance becomes ranks. Static (hashable); one a kernel.
 
-    criterion: ``"tail"`` drops the largest tail whose norm is within the threshold (the paper); ``"each"`` drops every singular
-      value under the threshold, which is idempotent: repeated truncation of the same kernel changes nothing.
-    convention: the threshold of one mode. ``"shared"``: ``tau ||C|| / sqrt(m)`` over the ``m`` modes that are not whole, so that
-      the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A matrix is
-      truncated once, with the whole ``tau``.
-    spare: directions kept beyond what the tolerance asks for.
-    min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
-    route: ``"gram"`` rotates by all directions of a mode; ``"randomized"`` only by those of a random sketch of it, where that is
-      expected to be cheaper: where the capacity is well below the mode's size. The augmented core of a step is only twice as
-      large, and of these only large matrices' are sketched. Reported errors are exact and count what a sketch lost, so the
-      tolerance holds all the same. Ranks are those of ``"gram"`` unless a tail is within 1% of its threshold (in norm) or the
-      capacity holds them down; in that case the error may be somewhat above the least.
+    Args:
+      criterion: ``"tail"`` drops the largest tail whose norm is within the threshold (the paper); ``"each"`` drops every singular
+        value under the threshold, which is idempotent: repeated truncation of the same kernel changes nothing.
+      convention: the threshold of one mode. ``"shared"``: ``tau ||C|| / sqrt(m)`` over the ``m`` modes that are not whole, so
+        that the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A
+        matrix is truncated once, with the whole ``tau``.
+      spare: directions kept beyond what the tolerance asks for.
+      min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
+      route: ``"gram"`` rotates by all directions of a mode; ``"randomized"`` only by those of a random sketch of it, where that
+        is expected to be cheaper: where the capacity is well below the mode's size. The augmented core of a step is only twice as
+        large, and of these only large matrices' are sketched. Reported errors are exact and count what a sketch lost, so the
+        tolerance holds all the same. Ranks are those of ``"gram"`` unless a tail is within 1% of its threshold (in norm) or the
+        capacity holds them down; in that case the error may be somewhat above the least.
     """
 
     criterion: Criterion = "tail"

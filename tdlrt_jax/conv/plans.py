@@ -4,14 +4,14 @@ The spatial modes are always *merged* into the kernel that is convolved (``M[X]`
 the factors of the merged modes). The channel modes are either merged too or *streamed*, that is applied to the
 activations as a stage of their own:
 
-    ===========  ===========  ===========  ======================================================
+    ===========  ===========  ============  ======================================================
     plan         in-channels  out-channels
-    ===========  ===========  ===========  ======================================================
-    factored     streamed     streamed     ``((Z U_in) * M[X]) U_out^T``, three stages
-    merge_in     merged       streamed     ``(Z * M[X]) U_out^T``, two stages
-    merge_out    streamed     merged       ``(Z U_in) * M[X]``, two stages
-    dense        merged       merged       ``Z * W``, the kernel rebuilt
-    ===========  ===========  ===========  ======================================================
+    ===========  ===========  ============  ======================================================
+    factored     streamed     streamed      ``((Z U_in) * M[X]) U_out^T``, three stages
+    merge_in     merged       streamed      ``(Z * M[X]) U_out^T``, two stages
+    merge_out    streamed     merged        ``(Z U_in) * M[X]``, two stages
+    dense        merged       merged        ``Z * W``, the kernel rebuilt
+    ===========  ===========  ============  ======================================================
 
 All give the same numbers. Groups: with streamed out-channels the group is a batch axis of the convolution (its kernel
 is shared by the groups); with merged ones the convolution is grouped.

@@ -123,7 +123,9 @@ def test_any_choice_of_methods_has_a_table(tmp_path):
     assert run.main([*arguments, "--methods", "parallel", "amortized", "--batches", "2"]) == 0
     cells = Results(tmp_path / "steps.json").cells
     alone = cells["alexnet-batch2-90%"]["result"]["methods"]
-    assert alone["parallel"]["ratio"]["parallel"]["of_medians"] == 1 and set(alone["amortized"]["ratio"]) == {"parallel"}
+    assert alone["parallel"]["ratio"]["parallel"]["of_medians"] == 1 and set(alone["amortized"]["ratio"]) == {
+        "parallel"
+    }
     line = next(line for line in report.markdown(tmp_path).splitlines() if line.startswith("| factorized |"))
     assert line.count("(1.00)") == 2 and line.endswith("|  |")
 

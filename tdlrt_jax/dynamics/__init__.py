@@ -1,0 +1,35 @@
+"""The gradient flow itself: the equations of section 3 as ODEs, and Algorithm 1 with its sub-steps solved exactly.
+
+Needs diffrax, an extra: ``pip install "tdlrt_jax[dynamics]"``. Meant for float64 (``jax.enable_x64(True)``) and small kernels:
+gradients with respect to full kernels are formed.
+"""
+
+try:
+    import diffrax as _diffrax  # noqa: F401
+except ImportError as error:
+    raise ImportError('tdlrt_jax.dynamics needs diffrax: pip install "tdlrt_jax[dynamics]"', name="diffrax") from error
+
+from tdlrt_jax.dynamics.flows import Flow, MovingFrame, factor_flow, full_flow, kc_flow, projected_flow
+from tdlrt_jax.dynamics.solve import SOLVERS, Statistics, Trajectory, integrate
+from tdlrt_jax.dynamics.step import FlowStepInfo, flow_step
+from tdlrt_jax.dynamics.tangent import chart_coordinates, chart_to_dense, project, tangent_coordinates, tangent_to_dense
+
+__all__ = [
+    "SOLVERS",
+    "Flow",
+    "FlowStepInfo",
+    "MovingFrame",
+    "Statistics",
+    "Trajectory",
+    "chart_coordinates",
+    "chart_to_dense",
+    "factor_flow",
+    "flow_step",
+    "full_flow",
+    "integrate",
+    "kc_flow",
+    "project",
+    "projected_flow",
+    "tangent_coordinates",
+    "tangent_to_dense",
+]

@@ -1,0 +1,5 @@
+"""These tests need the extra ``dynamics``."""
+
+import pytest
+
+pytest.importorskip("diffrax")
