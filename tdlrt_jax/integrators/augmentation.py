@@ -54,7 +54,8 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     """An orthonormal basis ``Ũ`` of the range of ``(I - U U^T) step``, robust to any conditioning.
 
     The principal directions of what lies outside of ``U`` are separated by size, a few orders of magnitude a round; a tail of
-    them within 50 roundings of the step is dropped, the rest normalized; a Cholesky-QR makes the result orthonormal to
+    them within 50 roundings of the step is dropped, the rest normalized, and what then lies in the range of ``U`` or of larger
+    ones, rounding errors that passed for directions, is dropped as well; a Cholesky-QR makes the result orthonormal to
     rounding. The order matters: columns that are normalized before they are separated can be parallel to rounding, and then the
     Cholesky factorization breaks down. (A QR of ``[U | K]`` with small diagonal entries dropped loses a third of the
     step and more.)
@@ -80,6 +81,11 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     kept = ~(tails(energies) <= floor**2)  # so that a step that is not finite stays visible
     rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)
     columns = _project_out(rows[:width].T, basis)
+    gram = jnp.matmul(columns.T, columns, precision=HIGHEST)
+    seen = jnp.diag(gram) - jnp.sum(
+        jnp.tril(gram, -1) ** 2, axis=1
+    )  # squared norm outside of all that is larger, nearly 1
+    columns = jnp.where(seen < 0.5, 0, columns)
     active = active_columns(columns)
 
     def orthonormalize(_: int, columns: Array) -> Array:

@@ -1,6 +1,7 @@
 """New directions: orthonormal, and holding the range of the step, which orthonormality says nothing about."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from tdlrt_jax import TuckerTensor, lift, to_dense
 from tdlrt_jax.integrators import augment, augmentation, embed, unchanged
 from tdlrt_jax.integrators.augmentation import augmented_width
+from tdlrt_jax.rotation import principal_rotation
 from tdlrt_jax.tucker import active_columns, multi_mode_product
 from tests.helpers import orthonormal, random_kernel, tangent_to_dense
 
@@ -219,3 +221,36 @@ def test_tangent_vectors_as_cores_in_augmented_bases(x64, rng, shape, rank, capa
             np.testing.assert_array_equal(basis[:, : u.shape[1]], u)
             np.testing.assert_allclose(basis.T @ basis, np.diag(np.any(basis != 0, axis=0)), atol=1e-14)
     assert unchanged(frame).core.shape == kernel.core.shape
+
+
+def test_rounding_errors_do_not_pass_for_directions_where_the_complement_is_exhausted():
+    """A step of LeNet5 on MNIST: 29 columns beside a basis of 29 in 50 dimensions, which leave 21 to be new."""
+    case = np.load(Path(__file__).parent / "exhausted_complement.npz")
+    step, basis = case["step"], case["basis"]
+    assert np.sum(np.any(basis != 0, axis=0)) == np.sum(np.any(step != 0, axis=0)) == 29
+    # Optimized, as it is where it trains: the error that is as large as a direction depends on how sums are rounded.
+    optimized = jax.jit(
+        augmentation.new_directions, static_argnums=2, compiler_options={"xla_backend_optimization_level": 2}
+    )
+    new = np.asarray(optimized(step, basis, augmented_width(50, 50)), np.float64)
+    active = np.any(new != 0, axis=0)
+    assert np.isfinite(new).all() and active.sum() == 21
+    np.testing.assert_allclose(new.T @ new, np.diag(active), atol=1e-6)
+    np.testing.assert_allclose(basis.T @ new, 0, atol=1e-6)
+    outside = step - basis @ (basis.T @ step)
+    assert np.linalg.norm(outside - new @ (new.T @ outside)) < 1e-6 * np.linalg.norm(outside)
+
+
+def test_a_direction_that_is_a_copy_of_a_larger_one_is_dropped(monkeypatch, rng):
+    """As rounding can leave it: a small row that is parallel to the largest, and one within the basis."""
+    step, basis = prescribed(rng, 20, 6, [1, 0.5, 0.25], 0)
+
+    def leaky(matrix, valid, rounds):
+        vectors, rows, _ = principal_rotation(matrix, valid, rounds)
+        rows = rows.at[3].set(1e-4 * rows[0]).at[4].set(1e-4 * basis[:, 0])
+        return vectors, rows, jnp.sum(rows**2, axis=1)
+
+    monkeypatch.setattr(augmentation, "principal_rotation", leaky)
+    new = np.asarray(augmentation.new_directions(jnp.asarray(step), jnp.asarray(basis), 6), np.float64)
+    assert np.array_equal(np.any(new != 0, axis=0), [True, True, True, False, False, False])
+    np.testing.assert_allclose(new.T @ new, np.diag([1, 1, 1, 0, 0, 0]), atol=1e-6)
