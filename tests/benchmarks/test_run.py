@@ -122,7 +122,7 @@ def test_any_choice_of_methods_has_a_table(tmp_path):
         assert run.main([*arguments, "--methods", "factorized", "parallel", "--batches", batch]) == 0
     assert run.main([*arguments, "--methods", "parallel", "amortized", "--batches", "2"]) == 0
     cells = Results(tmp_path / "steps.json").cells
-    alone = cells["alexnet-batch2-90%"]["result"]["methods"]
+    alone = cells["alexnet-width0.125-batch2-90%"]["result"]["methods"]
     assert alone["parallel"]["ratio"]["parallel"]["of_medians"] == 1 and set(alone["amortized"]["ratio"]) == {
         "parallel"
     }
