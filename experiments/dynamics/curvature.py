@@ -9,7 +9,6 @@ curvature.json and draws curvature (.png, .svg) from it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from experiments.dynamics.problems import graded_kernel, smooth, smooth_loss
-from experiments.dynamics.results import fail, provenance, read, slope, write
+from experiments.dynamics.results import command, read, slope
 from experiments.plots import save_figure
 from experiments.process import start_over
 from tdlrt_jax import TuckerTensor, resize
@@ -173,23 +172,7 @@ def draw(directory: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and draws for a command line; returns the exit code, 2 if there is nothing to draw."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.dynamics.{NAME}", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--output", type=Path, required=True, help="directory of the JSON file and the figures")
-    parser.add_argument("--draw", action="store_true", help="draw from the JSON file that is there")
-    options = parser.parse_args(argv)
-    try:
-        if not options.draw:
-            with jax.enable_x64(True):
-                result = measure()
-            write({**provenance(f"experiments.dynamics.{NAME}", argv), **result}, options.output, NAME)
-        for path in draw(options.output):
-            print(path)
-    except ValueError as error:
-        return fail(error)
-    return 0
+    return command(NAME, __doc__ or "", measure, draw, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What the measurements of this package share: regression, and how a result gets into a file and out of it."""
+"""What the measurements of this package share: regression, the command line, and how results get into a file and out of it."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["provenance", "read", "slope", "write"]
+__all__ = ["command", "provenance", "read", "slope", "write"]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -62,7 +63,36 @@ def read(directory: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def fail(error: Exception) -> int:
-    """Prints an error of the command line; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def command(
+    name: str,
+    about: str,
+    measure: Callable[[], dict[str, Any]],
+    draw: Callable[[Path], Sequence[Path]],
+    argv: Sequence[str],
+) -> int:
+    """Measures in float64 and draws for a command line; returns the exit code, 2 if there is nothing to draw.
+
+    Args:
+      name: of the module and of the JSON file.
+      about: the module's docstring.
+      measure: gives the result.
+      draw: draws from a directory's JSON file, into the directory.
+      argv: the command line.
+    """
+    import jax
+
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.dynamics.{name}", description=about.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="directory of the JSON file and the figures")
+    parser.add_argument("--draw", action="store_true", help="draw from the JSON file that is there")
+    options = parser.parse_args(argv)
+    try:
+        if not options.draw:
+            with jax.enable_x64(True):
+                result = measure()
+            write({**provenance(f"experiments.dynamics.{name}", argv), **result}, options.output, name)
+        for path in draw(options.output):
+            print(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
