@@ -24,6 +24,7 @@ class Scale(NamedTuple):
     seeds: int
     options: dict[str, Any]  # instead of the protocol's and the row's
     methods: dict[str, dict[str, Any]]  # the same, of runs of one method
+    networks: dict[str, dict[str, Any]]  # the same, of runs of one network
 
 
 class Protocol(NamedTuple):
@@ -52,7 +53,7 @@ class Protocol(NamedTuple):
         """
         chosen = self.scales[scale]
         merged = {**self.options, **options, **chosen.options}
-        merged |= chosen.methods.get(merged["method"], {})
+        merged |= chosen.methods.get(merged["method"], {}) | chosen.networks.get(merged["model"], {})
         if dataset is not None:
             merged["dataset"] = dataset
         count = chosen.seeds if seeds is None else seeds
@@ -96,7 +97,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_protocol(path: Path) -> Protocol:
-    """A protocol of ``[options]`` and one ``[scales.NAME]`` each with ``seeds``, ``options`` and ``methods.METHOD``.
+    """A protocol of ``[options]`` and one ``[scales.NAME]`` each with ``seeds`` and, if need be, ``options``,
+    ``methods.METHOD`` and ``networks.NETWORK``.
 
     Raises:
       GridError: if something of that is missing, or there is something else.
@@ -107,11 +109,11 @@ def read_protocol(path: Path) -> Protocol:
         raise GridError(f"{path}: expected [options] and [scales.NAME] for {', '.join(SCALES)}, found {sorted(scales)}")
     read = {}
     for name, scale in scales.items():
-        if not {"seeds"} <= scale.keys() <= {"seeds", "options", "methods"}:
+        if not {"seeds"} <= scale.keys() <= {"seeds", "options", "methods", "networks"}:
             raise GridError(
-                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be options, methods"
+                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be options, methods, networks"
             )
-        read[name] = Scale(scale["seeds"], scale.get("options", {}), scale.get("methods", {}))
+        read[name] = Scale(scale["seeds"], *(scale.get(part, {}) for part in ("options", "methods", "networks")))
     return Protocol(content["options"], read)
 
 

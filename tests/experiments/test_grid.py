@@ -374,6 +374,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
         assert changed == {"width", "limit", "epochs"} | ({"rounds"} if one.options["method"] == "imp" else set())
+        assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
     digits = figure1.plan("smoke", 1, "digits")
     assert {run.options["model"] for run in digits} == {"alexnet", "resnet18"}
     assert "vgg16 is left out" in capsys.readouterr().err
