@@ -17,7 +17,7 @@ from benchmarks.networks import Network, build, images, loss_of
 from benchmarks.paper_step import paper_step
 from experiments import programs
 
-__all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "tree_bytes"]
+__all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "step_of", "tree_bytes"]
 
 AMORTIZED = 10  # bases and ranks move every so many steps
 # Below it nothing is cut but what the arrays have no room for: ranks stay at their capacities, so every step has all its work.
@@ -53,7 +53,7 @@ class TrainingStep:
         kind = method if method.startswith("dense") else "tucker"
         parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
         graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
-        function, init = _step(method, loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum))
+        function, init = step_of(method, loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum))
         opt_state = jax.jit(init)(params)
         # Every leaf its own buffer: the step donates its state.
         self.state = jax.tree.map(jnp.copy, (params, opt_state, model_state))
@@ -93,7 +93,7 @@ class TrainingStep:
         }
 
 
-def _step(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(params, opt_state, model_state, *batch)`` of a method, and the initialization of its optimizer."""
     if method in ("dense", "dense_xla", "factorized"):
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cells import Results
 
-__all__ = ["markdown", "write_report"]
+__all__ = ["markdown", "table", "where", "write_report"]
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ def markdown(directory: Path) -> str:
         if cells:
             parts.append(f"## {section.capitalize()}\n")
             for key, cell in cells.items():
-                parts.append(f"### {key}\n\n{_where(cell['environment'])}\n\n{render(cell['result'])}\n")
+                parts.append(f"### {key}\n\n{where(cell['environment'])}\n\n{render(cell['result'])}\n")
     return "\n".join(parts)
 
 
@@ -65,7 +65,8 @@ def overview(cells: dict[str, dict[str, Any]]) -> str:
     return f"{about}\n\n{table(['method', *results], rows)}"
 
 
-def _where(environment: dict[str, Any]) -> str:
+def where(environment: dict[str, Any]) -> str:
+    """Hardware, version of JAX, commit and day of a measurement."""
     versions = environment["versions"]
     commit = (environment["commit"] or "no commit")[:12] + (
         " with changes" if "with" in (environment["commit"] or "") else ""
