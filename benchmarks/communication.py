@@ -47,7 +47,7 @@ _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 class Collective(NamedTuple):
     """All collective operations of one kind in a program; those inside of loops and branches counted once."""
 
-    count: int
+    operations: int
     arrays: int  # results; one operation may combine many
     bytes: int  # of the results on one device
 
@@ -58,7 +58,7 @@ def collectives(text: str) -> dict[str, Collective]:
     Example:
       >>> sum_line = "  %all-reduce.1 = (f32[5]{0}, f32[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add"
       >>> collectives(sum_line)
-      {'all-reduce': Collective(count=1, arrays=2, bytes=44)}
+      {'all-reduce': Collective(operations=1, arrays=2, bytes=44)}
     """
     found: dict[str, Collective] = {}
     for shape, kind, stage in _LINE.findall(text):
@@ -66,7 +66,7 @@ def collectives(text: str) -> dict[str, Collective]:
             continue
         arrays = [_bytes(*part) for part in _SHAPE.findall(re.sub(r"/\*.*?\*/|\{[^}]*\}", "", shape))]
         before = found.get(kind, Collective(0, 0, 0))
-        found[kind] = Collective(before.count + 1, before.arrays + len(arrays), before.bytes + sum(arrays))
+        found[kind] = Collective(before.operations + 1, before.arrays + len(arrays), before.bytes + sum(arrays))
     return found
 
 
@@ -124,7 +124,7 @@ def measure(network: Network, methods: Sequence[str], devices: int) -> dict[str,
             "parameter_bytes": tree_bytes(params),
             "compile_seconds": time.perf_counter() - started,
         }
-        say = ", ".join(f"{kind} {entry.bytes:,} bytes in {entry.count}" for kind, entry in found.items())
+        say = ", ".join(f"{kind} {entry.bytes:,} bytes in {entry.operations}" for kind, entry in found.items())
         print(f"{network.key}, {method}: {say}; {result[method]['compile_seconds']:.0f} s", flush=True)
     return {
         "network": network._asdict(),
@@ -151,7 +151,9 @@ def markdown(cells: dict[str, dict[str, Any]]) -> str:
         for name, entry in methods.items():
             found = entry["collectives"]
             row = [name, f"{entry['parameter_bytes']:,}"]
-            row += [f"{found[kind]['bytes']:,} in {found[kind]['count']}" if kind in found else "0" for kind in kinds]
+            row += [
+                f"{found[kind]['bytes']:,} in {found[kind]['operations']}" if kind in found else "0" for kind in kinds
+            ]
             rows.append([*row, f"{entry['bytes'] / methods['dense']['bytes']:.4f}" if "dense" in methods else ""])
         header = ["method", "parameters [bytes]", *[f"{kind} [bytes]" for kind in kinds], "/ dense"]
         about = (

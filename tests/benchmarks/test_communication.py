@@ -16,8 +16,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_every_collective_is_counted_once_with_the_bytes_of_its_results():
     assert collectives(TEXT) == {
-        "all-reduce": Collective(count=2, arrays=4, bytes=48 + 18 + 1 + 120),
-        "all-gather": Collective(count=1, arrays=1, bytes=64),
+        "all-reduce": Collective(operations=2, arrays=4, bytes=48 + 18 + 1 + 120),
+        "all-gather": Collective(operations=1, arrays=1, bytes=64),
     }
 
 
