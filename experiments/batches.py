@@ -117,13 +117,18 @@ def training_batch(
     return standardize(images, transform), data.labels[indices]
 
 
-def evaluation_batches(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_batches(count: int, batch_size: int, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Indices and weights that visit every one of ``count`` images exactly once in batches of equal size.
+
+    Args:
+      count: of all images.
+      batch_size: images at a time, or as many as there are.
+      multiple: rounded up to a multiple of this, the devices that share a batch.
 
     Returns:
       int32 indices and float32 weights, both ``(batches, batch_size)``; the last batch is filled up with weight zero.
     """
-    batch_size = min(batch_size, count)
+    batch_size = -(-min(batch_size, count) // multiple) * multiple
     batches = -(-count // batch_size)
     positions = np.arange(batches * batch_size)
     indices = np.minimum(positions, count - 1).astype(np.int32)

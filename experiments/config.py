@@ -13,6 +13,7 @@ from experiments.methods import METHODS, Method
 
 __all__ = [
     "DataConfig",
+    "DeviceConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PruningConfig",
@@ -233,6 +234,34 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DeviceConfig:
+    """Devices: on what is computed. Results are the same on any number of them, up to rounding."""
+
+    devices: int | None = None
+    """Devices that share every batch, those of all processes counted. Default: one, and of several processes all."""
+    coordinator: str | None = None
+    """One of several processes: HOST:PORT of the first, where it listens and the others find it. All are started with the same
+    options but --process, and one --run-dir that all see. auto: as the cluster says (Slurm, Kubernetes, TPU pods, Open MPI)."""
+    processes: int | None = None
+    """How many there are. Default: as the cluster says."""
+    process: int | None = None
+    """Which of them this is, from 0 on. Default: as the cluster says."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("devices", 1), ("processes", 1), ("process", 0)):
+            _at_least(self, name, low)
+        if self.coordinator is None:
+            for name in ("processes", "process"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"--{name} {value}: say with --coordinator where the first process is")
+            return
+        if self.coordinator != "auto" and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(f"--coordinator {self.coordinator}: expected HOST:PORT, such as 127.0.0.1:1234, or auto")
+        if self.processes is not None and self.process is not None and self.process >= self.processes:
+            raise ValueError(f"--process {self.process}: expected less than the {self.processes} of --processes")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Run: where results go."""
 
@@ -261,9 +290,12 @@ class TrainConfig:
     tdlrt: TdlrtConfig = field(default_factory=TdlrtConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.device.coordinator is not None and self.run.run_dir is None:
+            raise ValueError("--coordinator: name the directory of the run, which all processes see, with --run-dir")
         if self.model.method == "imp" and self.pruning.rewind_epochs >= self.optimizer.epochs:
             raise ValueError(
                 f"--rewind-epochs {self.pruning.rewind_epochs}: expected fewer than the {self.optimizer.epochs} of --epochs"
@@ -301,4 +333,4 @@ def from_json(options: dict[str, Any]) -> TrainConfig:
 
 
 # Options that say where things are, not what is computed: they may differ when a run is continued.
-LOCATIONS = ("data_dir", "cache_dir", "run_dir", "resume")
+LOCATIONS = ("data_dir", "cache_dir", "run_dir", "resume", "devices", "coordinator", "processes", "process")

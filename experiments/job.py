@@ -6,12 +6,14 @@ import collections
 import dataclasses
 import os
 import shlex
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 import tdlrt_jax
@@ -20,13 +22,14 @@ from experiments.arrays import fit_arrays, full_layers, pressing_note
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
 from experiments.build import build_descent, build_model, build_optimizer, kinds_of, learning_rate
 from experiments.config import TrainConfig
+from experiments.devices import ONE_DEVICE, Devices, first_says, join_processes, take_devices
 from experiments.display import Display, layer_table
 from experiments.interruption import Interruption
 from experiments.metrics import Layer, layers, singular_values, totals
 from experiments.programs import Programs, StepReport, TrainState, build_programs
 from experiments.pruning import Pruning
 from experiments.records import Sums, network_record, scalars, truncation_record
-from experiments.run_directory import RunDirectory, environment
+from experiments.run_directory import RunDirectory, RunDirectoryError, environment
 from tdlrt_jax import checkpoint
 from tdlrt_jax.capacity import array_bytes
 from tdlrt_jax.status import RANK_AT_CAPACITY
@@ -69,11 +72,13 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
 
     Raises:
       RunDirectoryError: if the directory cannot be used; nothing is changed then.
-      FileNotFoundError, ValueError: for data that are not there, or options that do not go together.
+      FileNotFoundError, ValueError: for data that are not there, devices that are not, or options that do not go together.
     """
-    console = console or Console()
+    join_processes(config.device)
+    devices = take_devices(config.device, config.optimizer.batch_size)
+    console = console or Console(quiet=not devices.leads)
     argv = argv or []
-    directory = RunDirectory.open(config)
+    directory = _open(config, devices)
     finished = directory.result()
     if finished is not None:
         console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
@@ -87,17 +92,41 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
             validation=config.data.validation,
             limit=config.data.limit,
         )
-        job = _Job(config, loaded, console, interruption)
-        if not config.run.resume:
+        job = _Job(config, loaded, console, interruption, devices)
+        if not config.run.resume and devices.leads:
             directory.begin(config.to_json(), environment(argv))
         return job.run(directory)
+
+
+def _open(config: TrainConfig, devices: Devices) -> RunDirectory:
+    """The directory of the run, of whose state the first of several processes judges: the others may come late."""
+    problem: RunDirectoryError | None = None
+    if devices.leads:
+        try:
+            directory = RunDirectory.open(config)
+        except RunDirectoryError as error:
+            problem = error
+    else:
+        assert config.run.run_dir is not None
+        directory = RunDirectory(config.run.run_dir)
+    if not first_says(problem):
+        raise problem or RunDirectoryError(f"{config.run.run_dir} cannot be used: the first process says why")
+    return directory
 
 
 class _Job:
     """One stretch of training, from the start or from a checkpoint."""
 
-    def __init__(self, config: TrainConfig, loaded: data.Dataset, console: Console, interruption: Interruption):
-        self.config, self.console, self.interruption = config, console, interruption
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: data.Dataset,
+        console: Console,
+        interruption: Interruption,
+        devices: Devices = ONE_DEVICE,
+    ):
+        self.config, self.console, self.interruption, self.devices = config, console, interruption, devices
+        self.stop: signal.Signals | None = None  # what all processes have heard of
         count, batch = len(loaded.train.labels), config.optimizer.batch_size
         if count < batch:
             raise ValueError(f"--batch-size {batch}: there are only {count} training images")
@@ -118,13 +147,16 @@ class _Job:
             tx = self.pruning.optimizer(model, self.train, transform)
         self.programs: Programs
         self.state: TrainState
-        self.programs, self.state = build_programs(model, tx, transform, seed=config.run.seed, adaptive=self.adaptive)
+        self.programs, self.state = build_programs(
+            model, tx, transform, seed=config.run.seed, adaptive=self.adaptive, devices=devices
+        )
         if self.pruning is not None:
             self.pruning.remember(self.state.params, self.state.model_state)
             self.state = self.state._replace(params=self.pruning.start(self.state.params, self.state.opt_state))
-        self.held_out: dict[str, DeviceImages] = {"test": to_device(loaded.test)}
+        self.state, self.train = devices.replicate((self.state, self.train))
+        self.held_out: dict[str, DeviceImages] = {"test": devices.replicate(to_device(loaded.test))}
         if loaded.validation is not None:
-            self.held_out["validation"] = to_device(loaded.validation)
+            self.held_out["validation"] = devices.replicate(to_device(loaded.validation))
         self.epoch = 0  # epochs completed
         self.sums = Sums()
         self.status = 0  # flags of all steps since then
@@ -139,7 +171,7 @@ class _Job:
             self._restore()
         self._announce()
         purge_step = self._global_step() + 1 if self.config.run.resume else None
-        writer = SummaryWriter(str(directory.tensorboard), purge_step=purge_step)
+        writer = SummaryWriter(str(directory.tensorboard), purge_step=purge_step, write_to_disk=self.devices.leads)
         epochs = self.config.epochs
         try:
             with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
@@ -147,7 +179,8 @@ class _Job:
                     if not self._train_epoch(display):
                         return self._interrupted()
                     self._close_epoch(display, writer)
-                    if self.interruption.signal is not None and self.epoch < epochs:
+                    self._hear(self._heard())
+                    if self.stop is not None and self.epoch < epochs:
                         return self._interrupted()
         except NotFiniteError as error:
             return self._stopped(error)
@@ -162,32 +195,46 @@ class _Job:
         order = epoch_order(
             self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
         )
-        epoch, under_way = jnp.int32(self.epoch), collections.deque[StepReport]()
+        order = self.devices.replicate(order)
+        epoch, under_way = np.int32(self.epoch), collections.deque[tuple[StepReport, Any]]()
         programs, every = self.programs, self.config.run.evaluate_every
         compiled, compile_seconds, started = programs.compilations, programs.compile_seconds, time.monotonic()
         try:
             for step in range(self.sums.steps, self.steps_per_epoch):
-                if self.interruption.signal is not None:
+                heard = self._heard()
+                if self.stop is not None:
                     break
-                self.state, report = self.programs.train(self.state, self.train, order, epoch, jnp.int32(step))
-                under_way.append(report)
+                self.state, report = self.programs.train(self.state, self.train, order, epoch, np.int32(step))
+                under_way.append((report, heard))
                 if len(under_way) > _AHEAD:
-                    self._read(under_way.popleft(), display)
+                    self._read(*under_way.popleft(), display)
                 if every is not None and (self.epoch * self.steps_per_epoch + step + 1) % every == 0:
                     while under_way:
-                        self._read(under_way.popleft(), display)
+                        self._read(*under_way.popleft(), display)
                     self._evaluate_between()
             while under_way:
-                self._read(under_way.popleft(), display)
+                self._read(*under_way.popleft(), display)
         finally:
             self.sums.seconds += time.monotonic() - started
             self.sums.compilations += programs.compilations - compiled
             self.sums.compile_seconds += programs.compile_seconds - compile_seconds
         return self.sums.steps == self.steps_per_epoch
 
-    def _read(self, report: StepReport, display: Display) -> None:
+    def _heard(self) -> Any:
+        """A signal that any process has had, as a number; known at once where there is one, else with the step's report."""
+        number = self.devices.largest(self.interruption.signal or 0)
+        if isinstance(number, int):
+            self._hear(number)
+        return number
+
+    def _hear(self, number: Any) -> None:
+        if self.stop is None and int(number):
+            self.stop = signal.Signals(int(number))
+
+    def _read(self, report: StepReport, heard: Any, display: Display) -> None:
         """Waits for a step and adds its numbers up."""
         loss, hits, finite, status = jax.device_get(report)
+        self._hear(heard)
         if not finite:
             raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, float(loss))
         self.sums.steps += 1
@@ -207,7 +254,8 @@ class _Job:
     def _close_epoch(self, display: Display, writer: Any) -> None:
         """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
         record = self._record()
-        self.directory.append(record)
+        if self.devices.leads:
+            self.directory.append(record)
         self.history.append(record)
         display.epoch(record)
         if record["pressing"]:
@@ -216,7 +264,10 @@ class _Job:
             writer.add_scalar(name, value, record["step"])
         writer.flush()
         if self.adaptive and self.config.tdlrt.resize:
-            self.state = fit_arrays(self.state, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
+            here = self._here()
+            fitted = fit_arrays(here, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
+            if fitted is not here:
+                self.state = self.devices.replicate(fitted)
             self.status &= ~RANK_AT_CAPACITY
         self.epoch, self.sums = self.epoch + 1, Sums()
         if self.pruning is not None and self.pruning.rounds:
@@ -226,11 +277,13 @@ class _Job:
     def _close_round(self, pruning: Pruning) -> None:
         """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""
         if self.epoch == self.config.pruning.rewind_epochs:
-            pruning.remember(self.state.params, self.state.model_state)
+            here = self._here()
+            pruning.remember(here.params, here.model_state)
         done, rest = divmod(self.epoch, self.config.optimizer.epochs)
         if rest == 0 and self.epoch < self.config.epochs:
-            start = pruning.next_round(self.state.params, self.state.opt_state, done)
-            self.state = TrainState(*start, healthy=jnp.bool_(True))
+            here = self._here()
+            start = pruning.next_round(here.params, here.opt_state, done)
+            self.state = self.devices.replicate(TrainState(*start, healthy=jnp.bool_(True)))
             self.console.print(
                 f"Round {done} of {pruning.rounds} is done: the smallest weights are pruned, the rest rewound."
             )
@@ -250,12 +303,13 @@ class _Job:
         if self.pruning is not None and self.pruning.rounds:
             record["round"] = done + 1
         step = (epoch + 1) * self.steps_per_epoch
-        opt_state = jax.device_get(self.state.opt_state)
-        record |= network_record(self.state.params, self._layers())
+        here = self._here()
+        opt_state = jax.device_get(here.opt_state)
+        record |= network_record(here.params, self._layers())
         record |= {
             "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, step, opt_state),
             # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
-            "pressing": full_layers(self.state.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
+            "pressing": full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
             "pressing_steps": self.sums.pressing_steps,
             "seconds": self.sums.seconds,
             "evaluation_seconds": time.monotonic() - started,
@@ -263,7 +317,7 @@ class _Job:
             "compile_seconds": self.sums.compile_seconds,
             # Of the step just compiled, and of what training keeps on the device between steps.
             "step_memory": dict(self.programs.memory),
-            "state_bytes": array_bytes((self.state.params, self.state.opt_state)),
+            "state_bytes": array_bytes((here.params, here.opt_state)),
         }
         if self.adaptive:
             record |= truncation_record(opt_state)
@@ -271,8 +325,13 @@ class _Job:
             record["curve"] = self.sums.points
         return record
 
+    def _here(self) -> TrainState:
+        """The state as one device of this process has it, for the host's work."""
+        return self.devices.local(self.state)
+
     def _layers(self) -> list[Layer]:
-        return layers(self.state.params, self.kinds, self.pruning and self.pruning.masks(self.state.opt_state))
+        here = self._here()
+        return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
 
     # Checkpoints.
 
@@ -295,7 +354,8 @@ class _Job:
         stored, metadata = checkpoint.restore(checkpoints, self._stored())
         if "rewind" in stored and self.pruning is not None:
             self.pruning.rewind = stored.pop("rewind")
-        self.state = TrainState(**stored)
+        # Arrays of other sizes than at the start come back on the default device.
+        self.state = self.devices.replicate(self.devices.local(TrainState(**stored)))
         return metadata
 
     def _restore(self) -> None:
@@ -304,21 +364,20 @@ class _Job:
             metadata = self.restore_state(self.directory.checkpoints)
             self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
             self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
-        self.history = self.directory.cut_history(self.epoch)
+        self.history = self.directory.cut_history(self.epoch) if self.devices.leads else []
 
     # Ends.
 
     def _interrupted(self) -> Outcome:
         self._save()
-        signal = self.interruption.signal
-        assert signal is not None
+        assert self.stop is not None
         self.console.print(
-            f"{signal.name}: saved in {self.directory.path} at epoch {self.epoch + 1}, "
+            f"{self.stop.name}: saved in {self.directory.path} at epoch {self.epoch + 1}, "
             f"{self.sums.steps} of {self.steps_per_epoch} steps done. Continue with\n  {self._resume_command()}",
             soft_wrap=True,
             highlight=False,
         )
-        return Outcome(self.interruption.exit_code, self.directory.path, None)
+        return Outcome(128 + self.stop, self.directory.path, None)
 
     def _resume_command(self) -> str:
         command = (self.directory.config() or {})["command"]
@@ -336,7 +395,7 @@ class _Job:
         if self.adaptive:
             advice.append(f"a smaller --tau (it was {self.config.tdlrt.tau:g})")
         # Resumed, the run would meet the same step again and stop there again.
-        self.state = self.state._replace(healthy=jnp.bool_(True))
+        self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
         self._save()
         self.console.print(
             f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: the loss ({error.loss:g}) or a "
@@ -348,6 +407,8 @@ class _Job:
         return Outcome(1, self.directory.path, None)
 
     def _finish(self) -> Outcome:
+        if not self.devices.leads:
+            return Outcome(0, self.directory.path, None)
         summary = self._layers()
         self._plot()
         stored = self.directory.config() or {}
@@ -392,7 +453,7 @@ class _Job:
         figures = {
             "learning": plots.plot_learning(self.history),
             "ranks": plots.plot_ranks(self.history),
-            "singular_values": plots.plot_spectra(singular_values(self.state.params)),
+            "singular_values": plots.plot_spectra(singular_values(self._here().params)),
         }
         for name, figure in figures.items():
             if figure is not None:
@@ -402,8 +463,9 @@ class _Job:
         sizes = f"{len(self.loaded.train.labels):,} training and {len(self.loaded.test.labels):,} test images"
         start = f"continuing after step {self._global_step()}" if self.config.run.resume else "starting"
         model = self.config.model
+        on = f"; {self.devices}" if self.devices.count > 1 else ""
         self.console.print(
-            f"{model.model} ({model.method}) on {self.loaded.source}: {sizes}; {start}; files in {self.directory.path}",
+            f"{model.model} ({model.method}) on {self.loaded.source}: {sizes}{on}; {start}; files in {self.directory.path}",
             soft_wrap=True,
             highlight=False,
         )

@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
 import tdlrt_jax
 from experiments.batches import DeviceImages, Transform, evaluation_batches, standardize, training_batch
+from experiments.devices import ONE_DEVICE, Devices
 from experiments.metrics import correct, cross_entropy
 from tdlrt_jax.status import NONFINITE
 
 __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"]
+
+
+Integer = Array | np.int32
 
 
 class TrainState(NamedTuple):
@@ -49,17 +54,21 @@ class Programs:
     """
 
     def __init__(
-        self, step: Callable[..., tuple[TrainState, StepReport]], evaluate: Callable[..., tuple[float, float]]
+        self,
+        step: Callable[..., tuple[TrainState, StepReport]],
+        evaluate: Callable[..., tuple[float, float]],
+        devices: Devices = ONE_DEVICE,
     ):
         self.evaluate = evaluate
         self.compilations = 0
         self.compile_seconds = 0.0
         self.memory: dict[str, int] = {}  # bytes of the last compiled step, see memory_of
-        self._step = jax.jit(step, donate_argnums=0)
+        # Said, since the partitioner might leave a part of the state where it was computed.
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=devices.same)
         self._compiled: dict[Any, Any] = {}
 
     def train(
-        self, state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
+        self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer
     ) -> tuple[TrainState, StepReport]:
         """One step; dispatched, not waited for."""
         sizes = tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
@@ -90,6 +99,7 @@ def build_programs(
     seed: int,
     adaptive: bool = True,
     evaluation_batch: int = 500,
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[Programs, TrainState]:
     """The programs of a network, and its state at the start.
 
@@ -101,6 +111,7 @@ def build_programs(
       adaptive: whether ``tx`` is :func:`tdlrt_jax.tdlrt`, which moves kernels in Tucker format by an integrator; otherwise
         gradients are the plain ones of all arrays.
       evaluation_batch: images evaluated at a time.
+      devices: that share every batch. The state comes on the default device, to be replicated by the caller.
     """
     model.eval()
     still, _, _ = _split(model)
@@ -127,10 +138,14 @@ def build_programs(
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return optax.apply_updates(params, updates), opt_state, model_state, loss, hits, jnp.int32(0)
 
+    def share(batch: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Every device makes and computes its own part of a batch."""
+        return batch if devices.spread is None else jax.lax.with_sharding_constraint(batch, devices.spread)
+
     def step(
         state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
     ) -> tuple[TrainState, StepReport]:
-        batch = training_batch(data, order, transform, seed, epoch, index)
+        batch = share(training_batch(data, order, transform, seed, epoch, index))
         params, opt_state, model_state, loss, hits, status = advance(
             state.params, state.opt_state, state.model_state, *batch
         )
@@ -146,20 +161,20 @@ def build_programs(
         params: Any, model_state: Any, data: DeviceImages, indices: Array, weights: Array
     ) -> tuple[Array, Array]:
         network = nnx.merge(still, params, model_state, copy=True)
-        labels = data.labels[indices]
-        logits = network(standardize(data.images[indices], transform))
+        images, labels = share((standardize(data.images[indices], transform), data.labels[indices]))
+        logits = network(images)
         hits = jnp.sum(correct(logits, labels) & (weights > 0), dtype=jnp.int32)
         return jnp.sum(cross_entropy(logits, labels) * weights), hits
 
     def evaluate(state: TrainState, data: DeviceImages) -> tuple[float, float]:
         """Mean loss and accuracy over all images, each counted once."""
         count = data.labels.shape[0]
-        batches = zip(*evaluation_batches(count, evaluation_batch))
+        batches = zip(*evaluation_batches(count, evaluation_batch, devices.count))
         parts = [evaluate_batch(state.params, state.model_state, data, *batch) for batch in batches]
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(step, evaluate)
+    programs = Programs(step, evaluate, devices)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

@@ -3,7 +3,9 @@
 A checkpoint is one directory of orbax, ``DIRECTORY/STEP``, written under a temporary name and renamed when it is
 complete. Arrays are stored by their path in the tree, so they are found again whatever containers the tree is made of,
 and at the shapes they had; the ranks in use, a checksum of every array and the caller's own metadata are JSON beside
-them.
+them. Nothing in it depends on the devices that the arrays were on: it is restored on any number of them. Of several
+processes (``jax.distributed``) all call :func:`save`, on a directory that all see, and the first one writes; each reads by
+itself.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import path_name
@@ -139,10 +142,23 @@ def all_steps(directory: PathLike) -> list[int]:
 
 
 def _manager(directory: PathLike, *, keep: int | None = None, writing: bool = False) -> ocp.CheckpointManager:
+    processes: Any = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1 and not writing:  # each reads by itself, whatever the others do meanwhile
+        here = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+        )
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=writing
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=writing,
+        create=writing,
+        multiprocessing_options=processes,
     )
-    handlers = {"arrays": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+    handlers = {
+        "arrays": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        "description": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+    }
     return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
 
 
@@ -225,7 +241,10 @@ def _data(leaf: Any) -> Any:
 
 
 def _to_host(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf))
+    array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+    if not (array.is_fully_addressable or array.is_fully_replicated):  # parts of it are in other processes
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _to_device(array: np.ndarray, like: Any) -> Any:
@@ -233,7 +252,11 @@ def _to_device(array: np.ndarray, like: Any) -> Any:
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
     sharding = getattr(like, "sharding", None)
     # Another capacity may not divide evenly among devices; then the default device holds it and the caller places it.
-    return jax.device_put(array, sharding if sharding is not None and like.shape == array.shape else None)
+    if sharding is None or like.shape != array.shape:
+        return jax.device_put(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _checksum(array: np.ndarray) -> int:
