@@ -90,12 +90,17 @@ def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tup
 
 def active_core(kernel: TuckerTensor) -> Array:
     """Which entries of the core are in use: booleans of the core's shape."""
-    mask = jnp.ones(kernel.core.shape, bool)
-    for mode, factor in enumerate(kernel.factors):
-        if factor is not None:
-            shape = [1] * kernel.core.ndim
-            shape[mode] = -1
-            mask = mask & active_columns(factor).reshape(shape)
+    return active_entries(kernel.core.shape, kernel.factors)
+
+
+def active_entries(shape: tuple[int, ...], bases: Sequence[ModeArray]) -> Array:
+    """Which entries of a core of the given shape belong to columns that exist, given the basis of each mode: booleans."""
+    mask = jnp.ones(shape, bool)
+    for mode, basis in enumerate(bases):
+        if basis is not None:
+            columns = [1] * len(shape)
+            columns[mode] = -1
+            mask = mask & active_columns(basis).reshape(columns)
     return mask
 
 

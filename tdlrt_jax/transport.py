@@ -3,7 +3,9 @@
 The moments of a kernel, ``(m_C, m_{K_i})``, are the coordinates of one tangent vector
 ``V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}``. When the bases move, the new moments are the
 coordinates of the orthogonal projection of ``V`` onto the new tangent space. Second moments are not vectors: they are carried by
-the same maps with every matrix squared entrywise, which keeps them nonnegative and bounded.
+the same maps with every matrix squared entrywise, which keeps them nonnegative and bounded, and then every entry is at least the
+average of the core's. Entries of which nothing is remembered, or that averages over other bases left small, would otherwise take
+steps of several learning rates however small their gradients: Adam then stays away from an optimum, or leaves it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tdlrt_jax.frame import Frame
+from tdlrt_jax.frame import Frame, active_entries
 from tdlrt_jax.integrators import Augmented, embed
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, is_tucker, multi_mode_product, unfold
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, is_tucker, multi_mode_product, unfold
 
 __all__ = [
     "Moment",
@@ -130,8 +132,15 @@ def _constant(leaf: Any) -> bool:
 
 
 def embed_moment(moment: TuckerTensor, augmented: Augmented, kind: Kind) -> Array:
-    """A moment as a core in the augmented bases, ``(R_1 + A_1, ...)``, see :func:`tdlrt_jax.integrators.embed`."""
-    return embed(moment, _squared_bases(augmented) if kind == "squared" else augmented)
+    """A moment as a core in the augmented bases, ``(R_1 + A_1, ...)``, see :func:`tdlrt_jax.integrators.embed`.
+
+    A second moment is at least the average of the old core's, so in the mixed blocks, of which nothing is remembered.
+    """
+    if kind != "squared":
+        return embed(moment, augmented)
+    average = _average(moment.core, active_entries(moment.core.shape, augmented.frame.U))
+    core = embed(moment, _squared_bases(augmented))
+    return _at_least(core, average, active_entries(core.shape, augmented.bases))
 
 
 def turn_moment(moment: TuckerTensor, augmented: Augmented, turns: tuple[ModeArray, ...] | None, kind: Kind) -> Array:
@@ -209,7 +218,7 @@ def transport_squares(
     """Carries a second moment: the maps of :func:`transport` with every matrix squared entrywise, ``v <- (T ∘ T) v``.
 
     ``(T sqrt(v))^2`` would cancel and make steps of many learning rates. What the augmented core and ``K`` both describe is taken
-    once, as the larger of the two; no entry can grow.
+    once, as the larger of the two. Entries below the average of the new core's are raised to it, none beyond the largest.
     """
     moments: list[ModeArray] = []
     squared = _squares(rotations)
@@ -223,7 +232,22 @@ def transport_squares(
         leaving = (jnp.eye(p.shape[0], dtype=p.dtype) - _dot(p, p.T)) ** 2
         change = _dot(unfold(multi_mode_product(q_old**2, overlaps, transpose=True, skip=mode), mode), columns)
         moments.append(jnp.maximum(_dot(basis**2, _dot(leaving, within)), _dot(k, change)))
-    return TuckerTensor(multi_mode_product(core, squared, transpose=True), tuple(moments))
+    carried = multi_mode_product(core, squared, transpose=True)
+    exists = active_entries(carried.shape, frame.U)
+    average = _average(carried, exists)
+    factors = [
+        None if k is None or u is None else _at_least(k, average, active_columns(u)) for k, u in zip(moments, frame.U)
+    ]
+    return TuckerTensor(_at_least(carried, average, exists), tuple(factors))
+
+
+def _average(core: Array, exists: Array) -> Array:
+    return jnp.sum(core, where=exists) / jnp.maximum(jnp.sum(exists), 1)
+
+
+def _at_least(values: Array, least: Array, exists: Array) -> Array:
+    """``max(values, least)`` where there is something; padding stays zero."""
+    return jnp.where(exists, jnp.maximum(values, least), 0)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tdlrt_jax import TuckerTensor, lift, tdlrt, to_dense, value_and_grad
+from tdlrt_jax import TuckerTensor, lift, resize, tdlrt, to_dense, value_and_grad
 from tdlrt_jax.integrators import augment, embed
 from tdlrt_jax.transport import embed_moment, find_moments, transport, transport_squares
 from tdlrt_jax.truncation import truncate
@@ -68,6 +68,26 @@ def test_squares_stay_nonnegative_and_never_grow(x64, rng):
     largest = max(float(leaf.max()) for leaf in jax.tree.leaves(squares))
     for leaf in jax.tree.leaves(carried):
         assert (leaf >= 0).all() and leaf.max() <= largest * (1 + 1e-12)
+
+
+def test_second_moments_of_what_is_new_are_the_average_of_the_core(x64, rng):
+    """Also where averages over other bases left less; the padding stays zero."""
+    frame, augmented, rotations, new, moment = change_of_bases(rng)
+    squares = jax.tree.map(lambda leaf: leaf**2, moment)
+    core = np.asarray(embed_moment(squares, augmented, "squared"))
+    average = np.asarray(squares.core)[np.asarray(frame.core) != 0].mean()
+    old = tuple(slice(n) for n in frame.core.shape)
+    for mode, basis in enumerate(augmented.bases):
+        exists = np.asarray(active_columns(basis))
+        assert (np.take(core, np.flatnonzero(~exists), axis=mode) == 0).all()
+    mixed = core[-1, -1]
+    assert np.isclose(mixed[mixed > 0], average).all() and (mixed > 0).any()
+    assert (core[old][np.asarray(frame.core) != 0] >= average).all()
+    carried = transport_squares(core, squares.factors, augmented, rotations, new)
+    least = float(carried.core[new.core != 0].min())
+    assert least > 0 and (carried.core[new.core == 0] == 0).all()
+    for u, k in zip(new.U, carried.factors):
+        assert (k[:, active_columns(u)] >= least).all() and (k[:, ~active_columns(u)] == 0).all()
 
 
 # Heavy ball on a loss with a known optimum of low rank
@@ -134,6 +154,17 @@ def test_without_transport_of_the_k_moments_heavy_ball_lags(x64):
     carried = distance_after(tx, loss, kernel, optimum, 200)
     forgotten = distance_after(tx, loss, kernel, optimum, 200, forget)
     assert forgotten > 5 * carried
+
+
+@pytest.mark.parametrize("integrator", ["bug", "parallel", "fixed_rank"])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_adam_reaches_a_low_rank_optimum(x64, integrator, spare):
+    """Also with more ranks than the optimum has; before second moments had a floor, its loss stayed at a tenth, or rose."""
+    loss, _, kernel, optimum = heavy_ball_problem()
+    if spare:
+        kernel = resize(kernel, tuple(min(n, r + spare) for n, r in zip(SHAPE, RANK)))
+    tx = tdlrt(optax.adam(0.01), tolerance=1e-3, integrator=integrator)
+    assert distance_after(tx, loss, kernel, optimum, 300) < 0.02
 
 
 # Finding the moments

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.frame import active_entries
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
 from tdlrt_jax.truncation import truncate
@@ -55,15 +56,7 @@ def existing(point: Galerkin) -> list[ModeArray]:
 
 def stepped_core(point: Galerkin, increment: Array) -> Array:
     """Line 9: ``C̃ + increment``, masked to the directions that exist; what line 11 truncates."""
-    return jnp.where(_outer(existing(point), point.core.shape), point.core + increment, 0)
-
-
-def _outer(valid: list[ModeArray], shape: tuple[int, ...]) -> Array:
-    mask = jnp.ones((1,) * len(shape), bool)
-    for mode, columns in enumerate(valid):
-        if columns is not None:
-            mask = mask & columns.reshape([-1 if axis == mode else 1 for axis in range(len(shape))])
-    return mask
+    return jnp.where(active_entries(point.core.shape, point.bases), point.core + increment, 0)
 
 
 bug = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step, same_network=True)
