@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError('tdlrt_jax.dynamics needs diffrax: pip install "tdlrt_jax[dynamics]"', name="diffrax") from error
 
 from tdlrt_jax.dynamics.flows import Flow, MovingFrame, factor_flow, full_flow, kc_flow, projected_flow
+from tdlrt_jax.dynamics.momentum import Rolling, dense_velocity, factor_heavy_ball_flow, full_heavy_ball_flow
 from tdlrt_jax.dynamics.solve import SOLVERS, Statistics, Trajectory, integrate
 from tdlrt_jax.dynamics.step import FlowStepInfo, flow_step
 from tdlrt_jax.dynamics.tangent import chart_coordinates, chart_to_dense, project, tangent_coordinates, tangent_to_dense
@@ -19,13 +20,17 @@ __all__ = [
     "Flow",
     "FlowStepInfo",
     "MovingFrame",
+    "Rolling",
     "Statistics",
     "Trajectory",
     "chart_coordinates",
     "chart_to_dense",
+    "dense_velocity",
     "factor_flow",
+    "factor_heavy_ball_flow",
     "flow_step",
     "full_flow",
+    "full_heavy_ball_flow",
     "integrate",
     "kc_flow",
     "project",
