@@ -39,6 +39,14 @@ PROBLEMS = {
 }
 
 
+# What is drawn of a series: where the full flow's is, and a title.
+_FIELDS = {
+    "distance": (None, "distance to the full flow"),
+    "to_teacher": ("distance_full", "distance to the teacher"),
+    "loss": ("loss_full", "loss"),
+}
+
+
 class Lesson(NamedTuple):
     """What is to be learned, and from where."""
 
@@ -196,8 +204,10 @@ def draw(directory: Path) -> list[Path]:
     """Draws the figure from a directory's JSON alone, into it."""
     problems = read(directory, NAME)["problems"]
     layers = [(name, layer) for name, result in problems.items() for layer in result["teacher"]]
-    figure = Figure(figsize=(3.6 * len(layers) + 1, 8), layout="constrained")
-    panels = figure.subplots(2, len(layers))
+    fields = [(name, field) for name in problems for field in ("distance", "to_teacher")]
+    columns = max(len(layers) + 1, len(fields))
+    figure = Figure(figsize=(3.6 * columns + 1, 8), layout="constrained")
+    panels = figure.subplots(2, columns)
     modes = ("height", "width", "in", "out")
     for column, (name, layer) in enumerate(layers):
         result, axes = problems[name], panels[0, column]
@@ -207,10 +217,9 @@ def draw(directory: Path) -> list[Path]:
             axes.plot(result["times"], ranks, color=f"C{mode}", label=f"{label} (of {result['shapes'][layer][mode]})")
             axes.axhline(result["teacher"][layer][mode], color=f"C{mode}", linestyle=":")
         axes.set(title=f"{name}, {layer}: ranks at τ = {chosen['tolerance']:g}", xlabel="t", ylim=(0, None))
-    for column, (name, field) in enumerate((n, f) for n in problems for f in ("distance", "to_teacher")):
-        if column >= len(layers):
-            break
-        result, axes = problems[name], panels[1, column]
+    last = list(problems)[-1]
+    for axes, (name, field) in zip((*panels[1], panels[0, len(layers)]), (*fields, (last, "loss"))):
+        result = problems[name]
         for number, series in enumerate(result["series"]):
             axes.semilogy(
                 result["times"],
@@ -218,9 +227,9 @@ def draw(directory: Path) -> list[Path]:
                 color=f"C{number}",
                 label=f"τ = {series['tolerance']:g}",
             )
-        if field == "to_teacher":
-            axes.semilogy(result["times"], result["distance_full"], color="k", linestyle=":", label="full flow")
-        title = "distance to the full flow" if field == "distance" else "distance to the teacher"
+        full, title = _FIELDS[field]
+        if full is not None:
+            axes.semilogy(result["times"], result[full], color="k", linestyle=":", label="full flow")
         axes.set(title=f"{name}: {title}", xlabel="t")
     for axes in panels.ravel():
         axes.grid(alpha=0.3)
