@@ -5,7 +5,8 @@ The moments of a kernel, ``(m_C, m_{K_i})``, are the coordinates of one tangent 
 coordinates of the orthogonal projection of ``V`` onto the new tangent space. Second moments are not vectors: they are carried by
 the same maps with every matrix squared entrywise, which keeps them nonnegative and bounded, and then every entry is at least the
 average of the core's. Entries of which nothing is remembered, or that averages over other bases left small, would otherwise take
-steps of several learning rates however small their gradients: Adam then stays away from an optimum, or leaves it.
+steps of several learning rates however small their gradients: Adam then stays away from an optimum, or leaves it. Repeated, this
+makes the entries of a kernel nearly equal.
 """
 
 from __future__ import annotations

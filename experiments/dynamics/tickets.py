@@ -234,6 +234,7 @@ def draw(directory: Path) -> list[Path]:
     for axes in panels.ravel():
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
+        axes.title.set_fontsize("medium")
     return save_figure(figure, directory, NAME)
 
 
