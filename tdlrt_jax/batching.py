@@ -55,7 +55,12 @@ def map_batched(
             results[members[0]] = call(rows[members[0]])
             continue
         batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[rows[index] for index in members])
-        out = jax.lax.map(call, batch) if jax.default_backend() == "cpu" else jax.vmap(call)(batch)
+        out = _run(call, batch)
         for position, index in enumerate(members):
             results[index] = jax.tree.map(lambda leaf, position=position: leaf[position], out)
     return results
+
+
+def _run(call: Callable[[Any], Any], batch: Any) -> Any:
+    """A function of one row on all rows of a batch, stacked along the first axes."""
+    return jax.lax.map(call, batch) if jax.default_backend() == "cpu" else jax.vmap(call)(batch)
