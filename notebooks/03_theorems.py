@@ -581,7 +581,7 @@ plt.show()
 # 1 up to some scatter, which has a reason: singular values come one at a time, so what a step drops is a staircase in $\tau$ and
 # not a straight line. With the $H_i$ (the row below) the slope is clearly larger. They turn what was added while more is added,
 # and small tolerances find less to drop. The bound allows this: what it needs is that the ratio of what is lost to $\tau/h$ has
-# a bound, and the largest ratio is about the same in both cases.
+# a bound, and the largest ratio is of the same size in both cases.
 #
 # ## 5. Exact sub-steps and Euler steps
 #
