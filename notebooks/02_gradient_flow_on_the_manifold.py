@@ -654,4 +654,4 @@ print("\n".join(table))
 # drop a tail of $\tau / \sqrt 4$, and where this is more than the smallest relative singular value of the teacher, truncation
 # would cut into the teacher itself.
 #
-# Next: [compress a network of your own](04_compress_your_own_network.ipynb).
+# Next: [the theorems, measured](03_theorems.ipynb).
