@@ -29,8 +29,8 @@ class Devices:
 
     Example:
       >>> devices = Devices(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)))
-      >>> devices.replicate({"x": jnp.ones(3)})["x"].sharding.spec, devices.count, devices.leads
-      (PartitionSpec(), 1, True)
+      >>> devices.replicate(jnp.ones(3)).is_fully_replicated, devices.count, devices.leads
+      (True, 1, True)
     """
 
     mesh: Mesh | None = None  # one-dimensional, with the axis "data"; None where all is on the default device
