@@ -11,7 +11,7 @@ Writes tickets.json and draws tickets (.png, .svg) from it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def network(params: dict[str, Any], images: Array) -> Array:
 
 
 def lesson(
-    kernels: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], *, images: int = 48, size: int = 6, seed: int = 0
+    kernels: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], *, images: int = 48, size: int = 6, seed: int = 0
 ) -> Lesson:
     """A teacher, and a student to be.
 
