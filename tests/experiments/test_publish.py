@@ -27,9 +27,8 @@ def test_locations_go_and_nothing_else(tmp_path):
     published = json.loads(text)
     assert published["command"] == "python -m experiments.train --dataset digits --seed 3"
     assert published["final"] == {"loss": 0.5}
-    assert {**published["options"], **dict.fromkeys(("data_dir", "cache_dir", "run_dir")), "resume": False} == (
-        TrainConfig().to_json()
-    )
+    places = ("data_dir", "cache_dir", "run_dir", "devices", "coordinator", "processes", "process")
+    assert {**published["options"], **dict.fromkeys(places), "resume": False} == TrainConfig().to_json()
 
 
 def test_what_cannot_be_published(tmp_path, capsys):

@@ -154,10 +154,9 @@ def test_statistics():
 
 
 def test_small_parts():
+    places = ("data_dir", "cache_dir", "run_dir", "resume", "devices", "coordinator", "processes", "process")
     assert options_of({"options": {"epochs": 3, "run_dir": "/a"}}) == {
-        name: 3 if name == "epochs" else value
-        for name, value in TrainConfig().to_json().items()
-        if name not in ("data_dir", "cache_dir", "run_dir", "resume")
+        name: 3 if name == "epochs" else value for name, value in TrainConfig().to_json().items() if name not in places
     }
     assert shrunk({"a": ({"x": 1}, {"x": 1})}) == "All as the protocol says."
     assert shrunk({"a": ({"x": 1}, {"x": 2}), "b": ({"x": 2}, {"x": 2})}).endswith("x 1 instead of 2 (a).")
