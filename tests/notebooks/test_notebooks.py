@@ -15,7 +15,13 @@ each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
 def test_there_are_notebooks():
-    assert {"01_tucker_in_ten_minutes", "04_compress_your_own_network"} <= {path.stem for path in SOURCES}
+    assert [path.stem for path in SOURCES] == [
+        "01_tucker_in_ten_minutes",
+        "02_gradient_flow_on_the_manifold",
+        "03_theorems",
+        "04_compress_your_own_network",
+        "05_momentum",
+    ]
 
 
 @each
