@@ -159,7 +159,7 @@ def test_without_transport_of_the_k_moments_heavy_ball_lags(x64):
 @pytest.mark.parametrize("integrator", ["bug", "parallel", "fixed_rank"])
 @pytest.mark.parametrize("spare", [0, 2])
 def test_adam_reaches_a_low_rank_optimum(x64, integrator, spare):
-    """Also with more ranks than the optimum has; before second moments had a floor, its loss stayed at a tenth, or rose."""
+    """Also with more ranks than the optimum has; without a floor under second moments it stalls or diverges."""
     loss, _, kernel, optimum = heavy_ball_problem()
     if spare:
         kernel = resize(kernel, tuple(min(n, r + spare) for n, r in zip(SHAPE, RANK)))
