@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,10 +29,14 @@ from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import active_rank, is_tucker
 
-__all__ = ["all_steps", "ranks", "restore", "save"]
+__all__ = ["DamagedError", "all_steps", "ranks", "restore", "save"]
 
 PathLike = str | os.PathLike[str]
 _FORMAT = 1
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was saved; the message names what is lost, and the other checkpoints there."""
 
 
 def save(
@@ -51,6 +56,7 @@ def save(
 
     Raises:
       ValueError: for a step that exists already or is negative, or two leaves with one path.
+      OSError: if it cannot be written: the disk is full, say. Those before it are as they were.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, tdlrt_jax
@@ -76,7 +82,10 @@ def save(
         if step in manager.all_steps():
             raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
         composite = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
-        manager.save(step, args=composite, force=True)
+        try:
+            manager.save(step, args=composite, force=True)
+        except Exception as error:
+            raise _not_written(directory, step, error) from error
     return Path(directory).absolute() / str(step)
 
 
@@ -97,7 +106,9 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
-      ValueError: for a leaf that is missing, left over, of another shape or dtype, or damaged; the message names it.
+      ValueError: for a leaf that is missing, left over, or of another shape or dtype; the message names it.
+      DamagedError: a ``ValueError`` for a leaf that is not what was saved. Of the checkpoints before it, the last that does not
+        raise this is the one to continue from.
     """
     step = _existing_step(directory, step)
     where = f"checkpoint {step} in {directory}"
@@ -326,7 +337,17 @@ def _unreadable(arrays: Path, names: list[str]) -> list[str]:
     return failed
 
 
-def _damaged(directory: PathLike, step: int, problem: str) -> ValueError:
+def _not_written(directory: PathLike, step: int, error: Exception) -> OSError:
+    """An error that names the checkpoint; what there is of it already is removed, since it takes up room."""
+    for part in Path(directory).absolute().glob(f"{step}.*"):
+        shutil.rmtree(part, ignore_errors=True)
+    return OSError(
+        f"checkpoint {step} could not be written to {directory}: {type(error).__name__}: {str(error)[:300]}. Those before it are "
+        "as they were"
+    )
+
+
+def _damaged(directory: PathLike, step: int, problem: str) -> DamagedError:
     others = [other for other in all_steps(directory) if other != step]
     advice = f"Pass step= for another one: {others}" if others else "It is the only one there"
-    return ValueError(f"checkpoint {step} in {directory} is damaged: {problem}. {advice}")
+    return DamagedError(f"checkpoint {step} in {directory} is damaged: {problem}. {advice}")
