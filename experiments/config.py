@@ -336,4 +336,14 @@ def from_json(options: dict[str, Any]) -> TrainConfig:
 
 
 # Options that say where things are and how often they are saved, not what is computed: they may differ when a run is continued.
-LOCATIONS = ("data_dir", "cache_dir", "run_dir", "resume", "save_every", "devices", "coordinator", "processes", "process")
+LOCATIONS = (
+    "data_dir",
+    "cache_dir",
+    "run_dir",
+    "resume",
+    "save_every",
+    "devices",
+    "coordinator",
+    "processes",
+    "process",
+)

@@ -216,7 +216,7 @@ class _Job:
         )
         order = self.devices.replicate(order)
         epoch, under_way = np.int32(self.epoch), collections.deque[tuple[StepReport, Any]]()
-        programs, between = self.programs, (self.config.run.evaluate_every, self.config.run.save_every)
+        between = (self.config.run.evaluate_every, self.config.run.save_every)
         mark = self._mark()
         try:
             for step in range(self.sums.steps, self.steps_per_epoch):

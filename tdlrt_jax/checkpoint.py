@@ -341,9 +341,10 @@ def _not_written(directory: PathLike, step: int, error: Exception) -> OSError:
     """An error that names the checkpoint; what there is of it already is removed, since it takes up room."""
     for part in Path(directory).absolute().glob(f"{step}.*"):
         shutil.rmtree(part, ignore_errors=True)
+    text = str(error)
+    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"  # the end says what the system said
     return OSError(
-        f"checkpoint {step} could not be written to {directory}: {type(error).__name__}: {str(error)[:300]}. Those before it are "
-        "as they were"
+        f"checkpoint {step} could not be written to {directory}: {type(error).__name__}: {text}. Those before it are as they were"
     )
 
 

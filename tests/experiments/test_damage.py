@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import plots, train
@@ -202,7 +201,9 @@ def on_a_small_disk(tmp_path, size):
     script = ON_A_SMALL_DISK.format(size=size, disk=disk, result=result, train=" ".join(words))
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare")
-    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     return done.stdout + done.stderr, result
@@ -213,7 +214,10 @@ def test_a_full_disk(whole, tmp_path):
     """Room for the first checkpoint and not for the second one."""
     printed, result = on_a_small_disk(tmp_path, size="330k")
     assert "checkpoint 12 could not be written to" in printed and "No space left" in printed
-    assert "The last checkpoint, after step 6, is whole. Make room or the directory writable, then continue with" in printed
+    assert (
+        "The last checkpoint, after step 6, is whole. Make room or the directory writable, then continue with"
+        in printed
+    )
     assert "code 1" in printed and "code 0" in printed and "continuing after step" in printed
     assert numbers(result) == numbers(whole) and arrays(result) == arrays(whole)
 
