@@ -258,8 +258,13 @@ def _accept(
     return jax.lax.cond(
         accepted,
         lambda: (outcome.updates, proposed),
-        lambda: (jax.tree.map(jnp.zeros_like, outcome.updates), kept),
+        lambda: (no_updates(outcome.updates), kept),
     )
+
+
+def no_updates(updates: Any) -> Any:
+    """Updates that change nothing: negative zeros, since a positive one would make a positive one of a negative zero."""
+    return jax.tree.map(lambda update: -jnp.zeros_like(update), updates)
 
 
 def left_out(state: TdlrtState, status: Any) -> TdlrtState:

@@ -14,7 +14,7 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.frame import value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.inspection import all_finite, stays_finite
-from tdlrt_jax.optimizer import TdlrtState, left_out
+from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
 from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]
@@ -145,7 +145,7 @@ def tdlrt_step(
             updates, after, status = jax.lax.cond(
                 finite,
                 lambda: (updates, after, status),
-                lambda: (jax.tree.map(jnp.zeros_like, updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
+                lambda: (no_updates(updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
             )
         moves = status & flags.SKIPPED == 0
         model_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new_model_state, model_state)

@@ -155,6 +155,6 @@ def test_the_deviation(rng):
     padded = np.pad(u, ((0, 0), (0, 2)))
     assert deviation(jnp.asarray(padded)) < 1e-6
     assert abs(deviation(jnp.asarray(padded * 1.1)) - 0.21) < 1e-5
-    assert deviation(jnp.asarray(padded[:, ::-1])) == 1, "columns in use that do not come first"
+    assert abs(deviation(jnp.asarray(padded[:, ::-1])) - 1) < 1e-5, "columns in use that do not come first"
     assert deviation(jnp.zeros((7, 3))) == 1
     assert np.isnan(deviation(jnp.asarray(padded).at[0, 0].set(jnp.nan)))
