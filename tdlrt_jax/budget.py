@@ -19,7 +19,16 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.ranks import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_rank, kernel_shape, magnitude, parameter_count, unfold
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_rank,
+    kernel_shape,
+    magnitude,
+    parameter_count,
+    unfold,
+)
 
 __all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_state", "mode_energies", "plan_budget"]
 

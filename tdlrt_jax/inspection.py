@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
+from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, unfold
 
-__all__ = ["ORTHONORMAL", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite"]
+__all__ = ["ORTHONORMAL", "adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite"]
 
 # Largest entry of |U^T U - I| that a step accepts. Its Newton-Schulz correction (see orthonormal_factors) takes a deviation E to
 # 3/4 E^2, so what is accepted is orthonormal to 1e-6 afterwards, and to rounding one step later.
@@ -28,14 +30,15 @@ def deviation(factor: Array, gram: Array | None = None) -> Array:
     """
     if gram is None:
         gram = jnp.matmul(factor.T, factor, precision=HIGHEST)
-    rank = jnp.maximum(jnp.sum(active_columns(factor)), 1)
-    return jnp.max(jnp.abs(gram - jnp.diag((jnp.arange(gram.shape[0]) < rank).astype(gram.dtype))))
+    rank, index = jnp.maximum(jnp.sum(active_columns(factor)), 1), jnp.arange(gram.shape[0])
+    identity = (index[:, None] == index) & (index < rank)
+    return jnp.max(jnp.abs(gram - identity))
 
 
 def largest_deviation(factors: Sequence[ModeArray]) -> Array:
     """:func:`deviation` of the worst of many factors, a float32 scalar; not a number where one of them is not finite."""
-    found = [deviation(factor).astype(jnp.float32) for factor in factors if factor is not None]
-    return jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *found]))
+    found = map_batched(deviation, [factor for factor in factors if factor is not None])
+    return jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(value.astype(jnp.float32) for value in found)]))
 
 
 def all_finite(tree: Any) -> Array:
@@ -50,6 +53,22 @@ def stays_finite(before: Any, after: Any) -> Array:
     """
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return _all([jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs if _is_inexact(new)])
+
+
+def adds_up(params: Any, updates: Any) -> Array:
+    """Whether updates are finite, and the parameters with them added where they were before: a boolean scalar.
+
+    A sum may overflow where both of its terms are finite, and rounding to the parameters' dtype as well.
+    """
+    after = jax.tree.leaves(optax.apply_updates(params, updates))
+    rows = zip(jax.tree.leaves(updates), jax.tree.leaves(params), after, strict=True)
+    return _all(
+        [
+            jnp.all(jnp.isfinite(update) & (jnp.isfinite(new) | ~jnp.isfinite(old)))
+            for update, old, new in rows
+            if _is_inexact(new)
+        ]
+    )
 
 
 def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:

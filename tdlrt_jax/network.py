@@ -16,8 +16,8 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame, active_core, chart_point, lift_all
-from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.inspection import all_finite
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
@@ -47,7 +47,9 @@ class StepOutcome(NamedTuple):
     error: list[Array]  # float32 scalars, relative truncation errors
     pressing: Array  # bool, whether a rank is held down by the size of its arrays
     finite: Array  # bool, whether the second gradient is; the first is the caller's
-    deviation: Array  # float32, of the next factors from orthonormal ones, before the correction that they have had since
+    deviation: (
+        Array  # float32, of the next factors from orthonormal ones, before the correction that they have had since
+    )
     budget: tuple[Any, Array] | None  # a budget's next state, and the tolerance it found
 
 
@@ -182,8 +184,8 @@ class NetworkStep(NamedTuple):
     ) -> tuple[list[Any], Any, Array]:
         """Line 9: the inner update of the cores, from the same state as the first, at the Galerkin points.
 
-        Also whether their gradients are finite: an inner transformation may hide it. Leaves that are not kernels take the first gradient, so they move once. The ``K_i`` take no part: as zeros they add
-        nothing to a norm.
+        Also whether their gradients are finite: an inner transformation may hide it. Leaves that are not kernels take the first
+        gradient, so they move once. The ``K_i`` take no part: as zeros they add nothing to a norm.
         """
         at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
         with jax.named_scope("tdlrt.second_gradient"):

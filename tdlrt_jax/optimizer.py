@@ -21,7 +21,7 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import chart_point, lift_all
-from tdlrt_jax.inspection import ORTHONORMAL, all_finite, largest_deviation, look_plain, stays_finite
+from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
 from tdlrt_jax.network import NetworkStep, StepOutcome
 from tdlrt_jax.paths import flatten_kernels
@@ -165,8 +165,9 @@ def tdlrt(
             raise ValueError("tdlrt needs the parameters: call update(grads, state, params, value_and_grad_fn=...)")
         tree = flatten_kernels(params)
         if not tree.positions:  # nothing to integrate: the inner transformation alone
-            outcome = _plain_outcome(*inner.update(grads, state.inner, params, **extra), state)
-            return _accept(outcome, params, state, [], finite=all_finite((grads, extra.get("value"))), plain=jnp.zeros((), bool))
+            updates, after = inner.update(grads, state.inner, params, **extra)
+            outcome, finite = _plain_outcome(updates, after, state), all_finite((grads, extra.get("value")))
+            return _accept(outcome, params, state, [], finite=finite, plain=jnp.zeros((), bool))
         if scheme.evaluations == 2 and value_and_grad_fn is None:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
@@ -229,10 +230,8 @@ def _accept(
       finite: whether what the step was given is.
       plain: whether the gradients look like plain ones.
     """
-    # Updates are added to parameters, which may overflow (and rounds to their dtype); moments may where updates do not.
-    after = optax.apply_updates(params, outcome.updates)
-    finite = finite & outcome.finite & all_finite(outcome.updates)
-    finite = finite & stays_finite(params, after) & stays_finite(state.inner, outcome.inner)
+    # Moments may overflow where updates do not.
+    finite = finite & outcome.finite & adds_up(params, outcome.updates) & stays_finite(state.inner, outcome.inner)
     orthonormal = outcome.deviation <= ORTHONORMAL
     accepted = finite & orthonormal
     status = jnp.where(finite, jnp.where(orthonormal, flags.OK, flags.NOT_ORTHONORMAL), flags.NONFINITE)
@@ -276,7 +275,9 @@ def _check_kernel(name: str, kernel: TuckerTensor) -> None:
     """Raises ``ValueError`` for a kernel that is not a Tucker tensor in this library's sense; eager values only."""
     check_structure(kernel, name)
     if not jnp.issubdtype(kernel.core.dtype, jnp.floating) or jnp.finfo(kernel.core.dtype).bits < 16:
-        raise ValueError(f"kernel {name!r}: its core has dtype {kernel.core.dtype}, expected a floating one of 16 bits or more")
+        raise ValueError(
+            f"kernel {name!r}: its core has dtype {kernel.core.dtype}, expected a floating one of 16 bits or more"
+        )
     if not isinstance(kernel.core, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(kernel.core))):
         raise ValueError(f"kernel {name!r}: its core has entries that are not finite")
     for mode, factor in enumerate(kernel.factors):

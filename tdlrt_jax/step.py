@@ -13,7 +13,7 @@ from jax import Array
 from tdlrt_jax import status as flags
 from tdlrt_jax.frame import value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.inspection import all_finite, stays_finite
+from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
 from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
 from tdlrt_jax.tucker import is_tucker
 
@@ -131,7 +131,9 @@ def tdlrt_step(
         unroll = jax.default_backend() == "cpu"
         start = (model_state, loss, grads)
         (model_state, loss, grads), aux = jax.lax.scan(micro_step, start, micro_batches, unroll=unroll)
-        loss, grads = jax.tree.map(lambda leaf, like: (leaf / accumulate).astype(like.dtype), (loss, grads), (mean, means))
+        loss, grads = jax.tree.map(
+            lambda leaf, like: (leaf / accumulate).astype(like.dtype), (loss, grads), (mean, means)
+        )
         return loss, model_state, aux, grads
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
@@ -141,9 +143,8 @@ def tdlrt_step(
         status = combined_status(opt_state, after, (value, grads))
         if not isinstance(opt_state, TdlrtState):
             # What is outside of tdlrt (another part of a partition) may have taken what it left out.
-            finite = stays_finite(params, optax.apply_updates(params, updates))
             updates, after, status = jax.lax.cond(
-                finite,
+                adds_up(params, updates),
                 lambda: (updates, after, status),
                 lambda: (no_updates(updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
             )
@@ -176,7 +177,7 @@ def find_states(opt_state: Any) -> list[TdlrtState]:
 
 
 def vetoed(loss: Array, before: Any, after: Any) -> Array:
-    """The loss, for :func:`tdlrt_jax.tdlrt` to judge a step by: not a number where the model's state would no longer be finite."""
+    """The loss, for :func:`tdlrt_jax.tdlrt` to judge a step by: NaN where the model's state would no longer be finite."""
     return jnp.where(stays_finite(before, after), loss, jnp.nan)
 
 
@@ -217,7 +218,9 @@ def _none_taken(opt_state: Any) -> Any:
     def is_leaf(node: Any) -> bool:
         return isinstance(node, TdlrtState)
 
-    return jax.tree.map(lambda node: left_out(node, flags.NONFINITE) if is_leaf(node) else node, opt_state, is_leaf=is_leaf)
+    return jax.tree.map(
+        lambda node: left_out(node, flags.NONFINITE) if is_leaf(node) else node, opt_state, is_leaf=is_leaf
+    )
 
 
 def _wide(dtype: Any) -> Any:
@@ -252,4 +255,3 @@ def _fill_masked(params: Any, full: Any) -> Any:
 
 def _merge(dictionaries: Any) -> dict[str, Array]:
     return {name: value for dictionary in dictionaries for name, value in dictionary.items()}
-

@@ -12,7 +12,16 @@ from jax import Array
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, active_rank, magnitude, multi_mode_product, unfold
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_columns,
+    active_rank,
+    magnitude,
+    multi_mode_product,
+    unfold,
+)
 
 __all__ = ["fixed_rank"]
 

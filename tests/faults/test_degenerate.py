@@ -103,6 +103,15 @@ def test_gradients_at_the_end_of_the_range(integrator):
     assert int(info.status) == NONFINITE
 
 
+def test_a_global_norm_that_overflows_clips_to_nothing():
+    """It is optax's own arithmetic, of squares; the page on faults says so."""
+    tx = tdlrt(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)), tolerance=0.0, integrator="parallel")
+    params = parameters(full_kernel()[0])
+    after, _, info = tdlrt_step(loss_fn, tx, donate=False)(params, tx.init(params), batch(first=1e25))
+    assert int(info.status) & SKIPPED == OK
+    np.testing.assert_allclose(dense64(after["kernel"]), dense64(params["kernel"]), atol=3e-6)
+
+
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_a_kernel_that_becomes_zero_comes_back(integrator):
     """Two steps of the whole length towards zero, some at zero itself, then towards a target."""
@@ -112,7 +121,9 @@ def test_a_kernel_that_becomes_zero_comes_back(integrator):
     nowhere = batch(first=2.0, second=2.0)._replace(target=jnp.zeros((2, *SHAPE)))
     for _ in range(4):  # W - (W - 0), of which rounding is left, and of that nothing
         params, state, info = step(params, state, nowhere)
-        assert int(info.status) & SKIPPED == OK and is_finite((params, state)) and orthonormality(params["kernel"]) < 2e-6
+        assert (
+            int(info.status) & SKIPPED == OK and is_finite((params, state)) and orthonormality(params["kernel"]) < 2e-6
+        )
         assert np.all(np.asarray(info.rank["kernel"]) >= 1)
     assert np.abs(dense64(params["kernel"])).max() < 1e-13
     params = params | {"kernel": params["kernel"]._replace(core=jnp.zeros_like(params["kernel"].core))}

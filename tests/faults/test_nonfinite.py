@@ -1,4 +1,4 @@
-"""Numbers that are not finite, wherever they come up: nothing changes in any bit, the status says so, and the next step is taken."""
+"""Numbers that are not finite, wherever they come up: nothing changes in any bit, the status says so, the next step is taken."""
 
 import functools
 
@@ -114,7 +114,9 @@ def test_a_sum_that_overflows_although_both_terms_are_finite(setting):
     tx, step = program(setting, "sgd")
     params = parameters() | {"bias": jnp.array([3e38, 0.0, 0.0])}
     bad, state = batch(bias=-3e38), tx.init(params)
-    state = state._replace(inner=state.inner._replace(hyperparams={"learning_rate": jnp.float32(1), "momentum": jnp.float32(0)}))
+    state = state._replace(
+        inner=state.inner._replace(hyperparams={"learning_rate": jnp.float32(1), "momentum": jnp.float32(0)})
+    )
     assert_left_out(step, params, state, bad)
     alone = params | {"bias": jnp.zeros(3)}
     after, _, info = step(alone, state, bad)
@@ -185,5 +187,5 @@ def test_a_kernel_that_is_not_finite_is_refused_by_name():
         kernel._replace(core=kernel.core.at[0, 0, 0].set(jnp.inf)),
         kernel._replace(factors=(kernel.factors[0].at[0, 0].set(jnp.nan), *kernel.factors[1:])),
     ):
-        with pytest.raises(ValueError, match="kernel 'w'.*not"):
+        with pytest.raises(ValueError, match=r"kernel 'w'.*not"):
             tx.init({"w": broken})

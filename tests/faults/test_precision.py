@@ -117,13 +117,15 @@ def test_sums_over_micro_batches_are_wide(dtype):
 
 @pytest.mark.parametrize("integrator", ["bug", "parallel"])
 def test_loss_scaling_in_float16(integrator):
-    """A network that computes in float16, with a scale that is halved whenever a step is left out: the usual way, with tdlrt's report.
+    """A network that computes in float16, with a scale that is halved whenever a step is left out.
 
     The scale is undone inside of tdlrt, so both gradients of a step pass there.
     """
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
-    y = 1e-5 * jnp.asarray(rng.normal(size=(16, 5)), jnp.float32)  # gradients of 1e-6 and below, which float16 flushes or rounds
+    y = 1e-5 * jnp.asarray(
+        rng.normal(size=(16, 5)), jnp.float32
+    )  # gradients of 1e-6 and below, which float16 flushes or rounds
     kernel = random_kernel(rng, (6, 5), (3, 3), dtype=jnp.float32)
     params = {"kernel": kernel._replace(core=1e-5 * kernel.core)}
 
@@ -184,7 +186,9 @@ def test_factors_in_16_bits_are_refused_with_the_remedy(dtype, rng):
     assert repaired.core.dtype == HALVES[dtype] and orthonormality(repaired) < 2e-6
     np.testing.assert_allclose(dense64(wide(repaired)), dense64(wide(half)), atol=0.02)
     tx.init({"w": repaired})
-    with pytest.raises(ValueError, match="kernel 'w': its core has dtype float8_e5m2, expected a floating one of 16 bits"):
+    with pytest.raises(
+        ValueError, match="kernel 'w': its core has dtype float8_e5m2, expected a floating one of 16 bits"
+    ):
         tx.init({"w": kernel._replace(core=kernel.core.astype(jnp.float8_e5m2))})
 
 

@@ -25,7 +25,7 @@ def around(integrator):
 
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_apply_if_finite_around_tdlrt(integrator):
-    """It counts, and gives up after two; what it lets through then is left out by tdlrt. The second gradient's function passes."""
+    """It counts, and gives up after two; what it lets through then tdlrt leaves out. The second gradient's function passes."""
     tx, step = around(integrator)
     params = parameters()
     params, state, info = step(params, tx.init(params), batch())
@@ -57,7 +57,10 @@ def test_the_models_statistics_stay_where_optax_leaves_a_step_out():
 
     def loss(params, statistics, batch):
         value = loss_fn(params, batch)
-        return value, {"mean": 0.9 * statistics["mean"] + 0.1 * jnp.mean(batch.target), "count": statistics["count"] + 1}
+        return value, {
+            "mean": 0.9 * statistics["mean"] + 0.1 * jnp.mean(batch.target),
+            "count": statistics["count"] + 1,
+        }
 
     step = tdlrt_step(loss, tx, has_state=True, donate=False)
     params, statistics = parameters(), {"mean": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)}
@@ -136,7 +139,7 @@ def test_what_drops_the_second_gradients_function_is_explained():
     """``MultiSteps.gradient_transformation`` takes no further arguments."""
     params = parameters()
     tx = optax.MultiSteps(core_of("bug"), 2).gradient_transformation()
-    with pytest.raises(ValueError, match='pass value_and_grad_fn=.*MultiSteps drop it.*integrator="parallel"'):
+    with pytest.raises(ValueError, match=r'pass value_and_grad_fn=.*MultiSteps drop it.*integrator="parallel"'):
         tdlrt_step(loss_fn, tx, donate=False)(params, tx.init(params), batch())
 
 
