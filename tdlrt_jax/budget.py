@@ -19,7 +19,16 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.ranks import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_rank, kernel_shape, parameter_count, unfold
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_rank,
+    kernel_shape,
+    magnitude,
+    parameter_count,
+    unfold,
+)
 
 __all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_state", "mode_energies", "plan_budget"]
 
@@ -136,8 +145,7 @@ def mode_energies(core: Array) -> tuple[Array, ...]:
     From the Gram matrices, so they are good to rounding of the largest: enough to share a budget.
     """
     core = core.astype(jnp.promote_types(core.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(core))
-    core = core / jnp.where(largest > 0, largest, 1)
+    core = core / magnitude(core)
     norm = jnp.linalg.norm(core)
     core = core / jnp.where(norm > 0, norm, 1)
 

@@ -294,17 +294,17 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
 
     Returns:
       A kernel of the same capacities, rotated so that its core is all-orthogonal with slices by descending energy. Directions
-      that carry nothing are dropped.
+      that carry nothing are dropped. The core's dtype stays; factors are float32 at least.
     """
-    core = kernel.core
+    core = kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32))
     bases: list[ModeArray] = []
     for mode, factor in enumerate(kernel.factors):
         if factor is None:
             bases.append(None)
             continue
-        q, triangular = jnp.linalg.qr(factor)
+        q, triangular = jnp.linalg.qr(factor.astype(jnp.promote_types(factor.dtype, jnp.float32)))
         bases.append(q)
         core = multi_mode_product(core, [triangular if j == mode else None for j in range(core.ndim)])
     cut = truncate(core, 0.0, whole=tuple(u is None for u in kernel.factors))
     factors = [None if q is None else jnp.matmul(q, p, precision=HIGHEST) for q, p in zip(bases, cut.rotations)]
-    return TuckerTensor(cut.core, tuple(factors))
+    return TuckerTensor(cut.core.astype(kernel.core.dtype), tuple(factors))
