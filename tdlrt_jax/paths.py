@@ -19,6 +19,9 @@ def path_name(path: tuple) -> str:
 def kernel_paths(params: Any) -> dict[str, TuckerTensor]:
     """Every Tucker kernel in a pytree by its path, in the order of the tree.
 
+    Raises:
+      ValueError: for two kernels with one path, ``{"a": {"b": ...}, "a/b": ...}``.
+
     Example:
       >>> import jax.numpy as jnp, tdlrt_jax
       >>> params = {"conv": {"kernel": tdlrt_jax.hosvd(jnp.ones((3, 4))), "bias": jnp.ones(4)}}
@@ -61,9 +64,19 @@ class KernelTree(NamedTuple):
 
 
 def flatten_kernels(tree: Any) -> KernelTree:
-    """Flattens a pytree with its Tucker kernels as leaves."""
+    """Flattens a pytree with its Tucker kernels as leaves.
+
+    Raises:
+      ValueError: for two kernels with one path.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
     positions = [i for i, (_, node) in enumerate(leaves) if is_tucker(node)]
+    found: set[str] = set()
+    for position in positions:
+        name = path_name(leaves[position][0])
+        if name in found:
+            raise ValueError(f"two kernels have the path {name!r}: rename one of the containers' keys")
+        found.add(name)
     return KernelTree(
         nodes=[node for _, node in leaves],
         treedef=treedef,
