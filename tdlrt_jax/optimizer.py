@@ -18,6 +18,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
+from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import chart_point, lift_all
@@ -111,7 +112,8 @@ def tdlrt(
 
     Source: Algorithm 1; for ``"parallel"`` Ceruti, Kusch, Lubich & Sulz (2024).
     """
-    if integrator not in INTEGRATORS:
+    check_transformation("inner", inner)
+    if not isinstance(integrator, str) or integrator not in INTEGRATORS:
         raise ValueError(f"integrator={integrator!r} is unknown: expected one of {sorted(INTEGRATORS)}")
     scheme = INTEGRATORS[integrator]
     spare = (1 if integrator == "parallel" else 0) if spare is None else spare
@@ -158,10 +160,16 @@ def tdlrt(
     ) -> tuple[Any, TdlrtState]:
         if params is None:
             raise ValueError("tdlrt needs the parameters: call update(grads, state, params, value_and_grad_fn=...)")
+        if not isinstance(state, TdlrtState):
+            raise ValueError(
+                f"state is a {type(state).__name__}: expected the TdlrtState that init or the last update gave"
+            )
         tree = flatten_kernels(params)
         if not tree.positions:  # nothing to integrate: the inner transformation alone
             updates, inner_state = inner.update(grads, state.inner, params, **extra)
             return updates, state._replace(step=state.step + 1, inner=inner_state)
+        if value_and_grad_fn is not None:
+            check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
         if scheme.evaluations == 2 and value_and_grad_fn is None:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
@@ -187,6 +195,12 @@ def tdlrt(
         return _accept(outcome, gradients, plain, state, tree.names)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for anything but an optax transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(f"{name}={shown(value)}: expected an optax transformation, such as optax.sgd(0.1)")
 
 
 def _accept(
@@ -235,7 +249,7 @@ def _check_kernel(name: str, kernel: TuckerTensor) -> None:
     for leaf in jax.tree.leaves(kernel):
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.finfo(leaf.dtype).bits < 32:
             raise ValueError(
-                f"kernel {name!r} has dtype {leaf.dtype}: cores and factors are float32 or wider (layers may compute in less)"
+                f"kernel {name!r} has dtype {leaf.dtype}: cores and factors must be float32 or wider (layers may compute in less)"
             )
     for mode, factor in enumerate(kernel.factors):
         if factor is None or isinstance(factor, jax.core.Tracer):

@@ -2,7 +2,7 @@
 
 StableHLO is data, and XLA compiles it: it computes, it does not open files or run Python. The exceptions are custom calls, which
 name a function of the process by a string. ``jax.export`` refuses to *write* targets that it does not guarantee to be stable, but
-reads any: one such target calls a Python function by an index, others take addresses. So they are looked at before a program runs.
+reads any, such as one that calls a Python function by an index. So they are looked at before a program runs.
 """
 
 from __future__ import annotations

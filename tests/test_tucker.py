@@ -79,9 +79,9 @@ def test_kernel_is_a_pytree():
     assert float(doubled.core[0, 0]) == 2.0
 
 
-def test_two_kernels_with_one_path_are_refused(rng):
-    """What is kept by path, ranks and errors, would belong to one of them."""
-    kernel = random_kernel(rng, (3, 4), (2, 2))
-    for tree in ({"a": {"b": kernel}, "a/b": kernel}, {"": kernel, "kernel": kernel}):
-        with pytest.raises(ValueError, match=r"two kernels have the path '(a/b|kernel)': rename one"):
+def test_two_leaves_with_one_path_are_refused(rng):
+    """What is kept by path, ranks and errors, would belong to one of them, and one would get the other's gradient."""
+    kernel, bias = random_kernel(rng, (3, 4), (2, 2)), jnp.ones(4)
+    for tree in ({"a": {"b": kernel}, "a/b": kernel}, {"": kernel, "kernel": kernel}, {"a": {"b": bias}, "a/b": bias}):
+        with pytest.raises(ValueError, match=r"two leaves have the path '(a/b|kernel)': rename one"):
             kernel_paths(tree)
