@@ -273,10 +273,13 @@ class RunConfig:
     """Continue the run in --run-dir from its last checkpoint."""
     evaluate_every: int | None = None
     """Evaluate on the test images after every so many steps, not only at the ends of epochs."""
+    save_every: int | None = None
+    """Save a checkpoint after every so many steps too. Default: at the ends of epochs, and when interrupted."""
 
     def __post_init__(self) -> None:
         _at_least(self, "seed", 0, high=2**32 - 1)
         _at_least(self, "evaluate_every", 1)
+        _at_least(self, "save_every", 1)
         if self.resume and self.run_dir is None:
             raise ValueError("--resume: name the run to continue with --run-dir")
 
@@ -332,5 +335,15 @@ def from_json(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
-# Options that say where things are, not what is computed: they may differ when a run is continued.
-LOCATIONS = ("data_dir", "cache_dir", "run_dir", "resume", "devices", "coordinator", "processes", "process")
+# Options that say where things are and how often they are saved, not what is computed: they may differ when a run is continued.
+LOCATIONS = (
+    "data_dir",
+    "cache_dir",
+    "run_dir",
+    "resume",
+    "save_every",
+    "devices",
+    "coordinator",
+    "processes",
+    "process",
+)

@@ -80,6 +80,11 @@ class Devices:
         numbers = jax.make_array_from_process_local_data(NamedSharding(self.mesh, PartitionSpec("data")), here)
         return _largest(numbers, self.mesh)
 
+    def wait(self) -> None:
+        """Waits until every process has come here."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("tdlrt_jax")
+
     def __str__(self) -> str:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         return f"{self.count} device{'s' * (self.count > 1)}{processes}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ from experiments.config import LOCATIONS, TrainConfig, from_json
 from experiments.pace import Pace
 from experiments.publish import without_locations
 from experiments.run_directory import RunDirectory
+from experiments.sealed import read_sealed, sealed, write_text
 
 __all__ = ["SCALES", "TRAIN", "Grid", "GridError", "Places", "Run", "main", "publish", "state_of"]
 
@@ -117,7 +117,7 @@ def state_of(run: Run, places: Places) -> str:
     published, directory = places.published(run), places.directory(run)
     if published.exists():
         try:
-            stored = json.loads(published.read_text())["options"]
+            stored = read_sealed(published)["options"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GridError(f"{published} is no result ({type(error).__name__}: {error}): move it away") from None
         _check_same(run, stored, published, "--results")
@@ -148,9 +148,7 @@ def publish(run: Run, places: Places) -> dict[str, Any]:
     result = without_locations(result)
     target = places.published(run)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    temporary.write_text(_a_line_an_entry(result))
-    os.replace(temporary, target)
+    write_text(target, _a_line_an_entry(sealed(result)))
     return result
 
 
@@ -286,7 +284,7 @@ def _pace(runs: Iterable[Run], places: Places) -> Pace:
     pace = Pace()
     for run in runs:
         if places.published(run).exists():
-            result = json.loads(places.published(run).read_text())
+            result = read_sealed(places.published(run))
             pace.learn(run.name, result.get("hardware"), result["epochs"])
         elif (stored := places.directory(run).config()) is not None:
             pace.learn(run.name, stored.get("hardware"), places.directory(run).history())

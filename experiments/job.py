@@ -24,6 +24,7 @@ from experiments.build import build_descent, build_model, build_optimizer, kinds
 from experiments.config import TrainConfig
 from experiments.devices import ONE_DEVICE, Devices, first_says, join_processes, take_devices
 from experiments.display import Display, layer_table
+from experiments.events import EventFile
 from experiments.interruption import Interruption
 from experiments.metrics import Layer, layers, singular_values, totals
 from experiments.programs import Programs, StepReport, TrainState, build_programs
@@ -46,7 +47,7 @@ _KEEP = 2  # checkpoints
 class Outcome:
     """How a job ended."""
 
-    exit_code: int  # 0 finished, 1 not finite, 130 or 143 interrupted
+    exit_code: int  # 0 finished, 1 not finite or not to be written, 130 or 143 interrupted
     directory: Path
     result: dict[str, Any] | None  # the content of result.json, if finished
 
@@ -79,7 +80,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
     console = console or Console(quiet=not devices.leads)
     argv = argv or []
     directory = _open(config, devices)
-    finished = directory.result()
+    finished = _finished(directory, config, console)
     if finished is not None:
         console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
         return Outcome(0, directory.path, finished)
@@ -96,6 +97,18 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
         if not config.run.resume and devices.leads:
             directory.begin(config.to_json(), environment(argv))
         return job.run(directory)
+
+
+def _finished(directory: RunDirectory, config: TrainConfig, console: Console) -> dict[str, Any] | None:
+    """The result, if there is one; one that is damaged is put aside, since what it was made from is in the checkpoint."""
+    try:
+        return directory.result()
+    except RunDirectoryError as error:
+        if not config.run.resume:
+            raise
+        aside = directory.put_aside("result.json")
+        console.print(f"{error}. Kept as {aside}; made anew from the last checkpoint", soft_wrap=True, highlight=False)
+        return None
 
 
 def _open(config: TrainConfig, devices: Devices) -> RunDirectory:
@@ -163,15 +176,20 @@ class _Job:
         self.history: list[dict[str, Any]] = []
 
     def run(self, directory: RunDirectory) -> Outcome:
-        """Trains to the end, or until a signal or a number that is not finite."""
-        from tensorboardX import SummaryWriter
-
+        """Trains to the end, or until a signal, a number that is not finite, or a file that cannot be written."""
         self.directory = directory
         if self.config.run.resume:
             self._restore()
         self._announce()
+        try:
+            return self._train()
+        except OSError as error:
+            return self._cannot_write(error)
+
+    def _train(self) -> Outcome:
+        """All epochs that are left."""
         purge_step = self._global_step() + 1 if self.config.run.resume else None
-        writer = SummaryWriter(str(directory.tensorboard), purge_step=purge_step, write_to_disk=self.devices.leads)
+        writer = EventFile(self.directory.tensorboard, purge_step) if self.devices.leads else None
         epochs = self.config.epochs
         try:
             with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
@@ -185,7 +203,8 @@ class _Job:
         except NotFiniteError as error:
             return self._stopped(error)
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
         return self._finish()
 
     # One epoch.
@@ -197,8 +216,8 @@ class _Job:
         )
         order = self.devices.replicate(order)
         epoch, under_way = np.int32(self.epoch), collections.deque[tuple[StepReport, Any]]()
-        programs, every = self.programs, self.config.run.evaluate_every
-        compiled, compile_seconds, started = programs.compilations, programs.compile_seconds, time.monotonic()
+        between = (self.config.run.evaluate_every, self.config.run.save_every)
+        mark = self._mark()
         try:
             for step in range(self.sums.steps, self.steps_per_epoch):
                 heard = self._heard()
@@ -208,17 +227,32 @@ class _Job:
                 under_way.append((report, heard))
                 if len(under_way) > _AHEAD:
                     self._read(*under_way.popleft(), display)
-                if every is not None and (self.epoch * self.steps_per_epoch + step + 1) % every == 0:
+                done = self.epoch * self.steps_per_epoch + step + 1
+                evaluate, save = (every is not None and done % every == 0 for every in between)
+                if evaluate or save:
                     while under_way:
                         self._read(*under_way.popleft(), display)
+                if evaluate:
                     self._evaluate_between()
+                if save and step + 1 < self.steps_per_epoch:
+                    self._count_since(mark)
+                    self._save()
+                    mark = self._mark()
             while under_way:
                 self._read(*under_way.popleft(), display)
         finally:
-            self.sums.seconds += time.monotonic() - started
-            self.sums.compilations += programs.compilations - compiled
-            self.sums.compile_seconds += programs.compile_seconds - compile_seconds
+            self._count_since(mark)
         return self.sums.steps == self.steps_per_epoch
+
+    def _mark(self) -> tuple[float, int, float]:
+        return time.monotonic(), self.programs.compilations, self.programs.compile_seconds
+
+    def _count_since(self, mark: tuple[float, int, float]) -> None:
+        """Adds the time and the compilations since a mark to those of the epoch."""
+        seconds, compilations, compile_seconds = (now - then for now, then in zip(self._mark(), mark))
+        self.sums.seconds += seconds
+        self.sums.compilations += int(compilations)
+        self.sums.compile_seconds += compile_seconds
 
     def _heard(self) -> Any:
         """A signal that any process has had, as a number; known at once where there is one, else with the step's report."""
@@ -251,7 +285,7 @@ class _Job:
         self.sums.seconds -= time.monotonic() - started  # an epoch's seconds are those of its steps
         self.sums.add_point(self._global_step(), self.config.optimizer.batch_size, test_loss, test_accuracy)
 
-    def _close_epoch(self, display: Display, writer: Any) -> None:
+    def _close_epoch(self, display: Display, writer: EventFile | None) -> None:
         """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
         record = self._record()
         if self.devices.leads:
@@ -260,9 +294,8 @@ class _Job:
         display.epoch(record)
         if record["pressing"]:
             self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
-        for name, value in scalars(record):
-            writer.add_scalar(name, value, record["step"])
-        writer.flush()
+        if writer is not None:
+            writer.scalars(scalars(record), record["step"])
         if self.adaptive and self.config.tdlrt.resize:
             here = self._here()
             fitted = fit_arrays(here, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
@@ -341,7 +374,12 @@ class _Job:
     def _save(self) -> None:
         step = self._global_step()
         if step not in checkpoint.all_steps(self.directory.checkpoints):
-            metadata = {"epoch": self.epoch, "sums": dataclasses.asdict(self.sums), "status": self.status}
+            metadata = {
+                "epoch": self.epoch,
+                "sums": dataclasses.asdict(self.sums),
+                "status": self.status,
+                "history": self.history,  # metrics.jsonl, should that be damaged
+            }
             checkpoint.save(self.directory.checkpoints, step, self._stored(), metadata, keep=_KEEP)
 
     def _stored(self) -> dict[str, Any]:
@@ -349,9 +387,9 @@ class _Job:
         rewind = {} if self.pruning is None or not self.pruning.rounds else {"rewind": self.pruning.rewind}
         return self.state._asdict() | rewind
 
-    def restore_state(self, checkpoints: Path) -> dict[str, Any]:
-        """Takes the state of the last checkpoint in a directory; returns what was saved with it."""
-        stored, metadata = checkpoint.restore(checkpoints, self._stored())
+    def restore_state(self, checkpoints: Path, step: int | None = None) -> dict[str, Any]:
+        """Takes the state of a checkpoint in a directory, by default of the last; returns what was saved with it."""
+        stored, metadata = checkpoint.restore(checkpoints, self._stored(), step)
         if "rewind" in stored and self.pruning is not None:
             self.pruning.rewind = stored.pop("rewind")
         # Arrays of other sizes than at the start come back on the default device.
@@ -359,12 +397,44 @@ class _Job:
         return metadata
 
     def _restore(self) -> None:
-        """Continues from the last checkpoint; a run stopped before its first one starts anew."""
-        if checkpoint.all_steps(self.directory.checkpoints):
-            metadata = self.restore_state(self.directory.checkpoints)
+        """Continues from the last checkpoint that is not damaged; a run stopped before its first one starts anew."""
+        metadata = self._restore_last_good()
+        if metadata is not None:
             self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
             self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
-        self.history = self.directory.cut_history(self.epoch) if self.devices.leads else []
+        self.history = (metadata or {}).get("history") or []
+        if self.devices.leads:
+            if len(self.history) == self.epoch:
+                self.directory.write_history(self.history)
+            else:  # a checkpoint of an earlier version
+                self.history = self.directory.cut_history(self.epoch)
+
+    def _restore_last_good(self) -> dict[str, Any] | None:
+        """Restores the last checkpoint that is not damaged, puts those after it aside, and returns what was saved with it.
+
+        Raises:
+          RunDirectoryError: if there are checkpoints, and all of them are damaged.
+        """
+        damaged: dict[int, checkpoint.DamagedError] = {}
+        metadata = None
+        steps = checkpoint.all_steps(self.directory.checkpoints)
+        for step in reversed(steps):
+            try:
+                metadata = self.restore_state(self.directory.checkpoints, step)
+                break
+            except checkpoint.DamagedError as error:
+                damaged[step] = error
+        if steps and metadata is None:
+            problems = "\n".join(f"  {error}" for error in damaged.values())
+            raise RunDirectoryError(
+                f"no checkpoint of {self.directory.path} can be read:\n{problems}\n"
+                f"Start the run anew in another --run-dir. Nothing was changed"
+            )
+        self.devices.wait()  # until all processes have read
+        for step, error in damaged.items():
+            aside = f"Kept as {self.directory.put_aside(f'checkpoints/{step}')}" if self.devices.leads else ""
+            self.console.print(f"{error}. {aside}", soft_wrap=True, highlight=False)
+        return metadata
 
     # Ends.
 
@@ -378,6 +448,18 @@ class _Job:
             highlight=False,
         )
         return Outcome(128 + self.stop, self.directory.path, None)
+
+    def _cannot_write(self, error: OSError) -> Outcome:
+        """Where a file of the run cannot be written: what is there already stays, and is continued from."""
+        steps = checkpoint.all_steps(self.directory.checkpoints)
+        last = f"The last checkpoint, after step {steps[-1]}, is whole" if steps else "There is no checkpoint yet"
+        self.console.print(
+            f"Stopped in epoch {self.epoch + 1}: {error}\n{last}. Make room or the directory writable, then continue with\n"
+            f"  {self._resume_command()}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return Outcome(1, self.directory.path, None)
 
     def _resume_command(self) -> str:
         command = (self.directory.config() or {})["command"]

@@ -27,6 +27,7 @@ __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"
 
 
 Integer = Array | np.int32
+_KEPT = 4  # compiled programs
 
 
 class TrainState(NamedTuple):
@@ -50,7 +51,14 @@ class StepReport(NamedTuple):
 class Programs:
     """``train(state, data, order, epoch, step)`` and ``evaluate(state, data)``.
 
-    ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the programs.
+    ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the last few programs: each
+    takes megabytes of the host's memory, and sizes seldom come back.
+
+    Args:
+      step: what ``train`` compiles.
+      evaluate: as called.
+      devices: that share every batch.
+      forget: called when a program is dropped, to drop others made for the same sizes.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Programs:
         step: Callable[..., tuple[TrainState, StepReport]],
         evaluate: Callable[..., tuple[float, float]],
         devices: Devices = ONE_DEVICE,
+        forget: Callable[[], None] = lambda: None,
     ):
         self.evaluate = evaluate
         self.compilations = 0
@@ -65,20 +74,28 @@ class Programs:
         self.memory: dict[str, int] = {}  # bytes of the last compiled step, see memory_of
         # Said, since the partitioner might leave a part of the state where it was computed.
         self._step = jax.jit(step, donate_argnums=0, out_shardings=devices.same)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Any] = {}  # by sizes of arrays, the one used last at the end
+        self._forget = forget
 
     def train(
         self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer
     ) -> tuple[TrainState, StepReport]:
         """One step; dispatched, not waited for."""
         sizes = tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
-        if sizes not in self._compiled:
-            started = time.monotonic()
-            self._compiled[sizes] = self._step.lower(state, data, order, epoch, index).compile()
-            self.compilations += 1
-            self.compile_seconds += time.monotonic() - started
-            self.memory = memory_of(self._compiled[sizes])
-        return self._compiled[sizes](state, data, order, epoch, index)
+        program = self._compiled.pop(sizes, None) or self._compile(state, data, order, epoch, index)
+        self._compiled[sizes] = program
+        if len(self._compiled) > _KEPT:
+            del self._compiled[next(iter(self._compiled))]
+            self._forget()
+        return program(state, data, order, epoch, index)
+
+    def _compile(self, *arguments: Any) -> Any:
+        started = time.monotonic()
+        program = self._step.lower(*arguments).compile()
+        self.compilations += 1
+        self.compile_seconds += time.monotonic() - started
+        self.memory = memory_of(program)
+        return program
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
@@ -174,7 +191,7 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(step, evaluate, devices)
+    programs = Programs(step, evaluate, devices, forget=evaluate_batch.clear_cache)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

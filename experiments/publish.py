@@ -6,7 +6,6 @@ changes.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from experiments.config import LOCATIONS
 from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.sealed import write_sealed
 
 __all__ = ["main", "without_locations"]
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(without_locations(result), indent=2) + "\n")
+    write_sealed(target, without_locations(result))
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.methods import METHODS
+from experiments.sealed import read_sealed
 from experiments.tables import costs
 
 __all__ = ["asked", "is_adaptive", "markdown", "method_name", "rows"]
@@ -31,10 +32,10 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(directory.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
+            result = read_sealed(path)
             options = {key: value for key, value in result["options"].items() if key not in RUN_ONLY}
             result["final"]["test_accuracy"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of experiments.train: {error!r}") from None
         groups[json.dumps(options, sort_keys=True)].append(result)
     if not groups:

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.config import LOCATIONS, TrainConfig
 from experiments.process import SETTINGS
+from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
 
 __all__ = ["RunDirectory", "RunDirectoryError", "environment"]
 
@@ -79,16 +80,33 @@ class RunDirectory:
         return self.path.is_dir() and all(path.name.startswith(".config.json.") for path in self.path.iterdir())
 
     def begin(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Makes the directory of a new run, with its ``config.json``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(self.path / "config.json", {"options": options, **environment})
+        """Makes the directory of a new run, with its ``config.json``.
+
+        Raises:
+          RunDirectoryError: if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_sealed(self.path / "config.json", {"options": options, **environment})
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} cannot be written ({error.strerror}): name another directory with --run-dir, or make room there"
+            ) from None
 
     def config(self) -> dict[str, Any] | None:
-        """Options and environment as stored, ``None`` if this is no run's directory."""
+        """Options and environment as stored, ``None`` if this is no run's directory.
+
+        Raises:
+          RunDirectoryError: if they cannot be read, or are not what was written.
+        """
         return self._read("config.json")
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run."""
+        """The result of a finished run.
+
+        Raises:
+          RunDirectoryError: if there is one that cannot be read, or is not what was written.
+        """
         return self._read("result.json")
 
     def append(self, record: dict[str, Any]) -> None:
@@ -102,7 +120,7 @@ class RunDirectory:
         """All epochs' lines; a last line that was cut off is left out."""
         path = self.path / "metrics.jsonl"
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
@@ -120,21 +138,35 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path / 'metrics.jsonl'} lacks lines of the {epochs} epochs that the checkpoint contains"
             )
-        _write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        self.write_history(records)
         return records
+
+    def write_history(self, records: list[dict[str, Any]]) -> None:
+        """Replaces ``metrics.jsonl``."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def put_aside(self, name: str) -> Path:
+        """Moves a damaged file or directory of the run into ``damaged/``, under a name that is free there; returns it there."""
+        source, target = self.path / name, self.path / "damaged" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{source.name}-{number}")
+        return source.rename(target)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes ``result.json``; from then on the run is finished."""
-        _write_json(self.path / "result.json", result)
+        write_sealed(self.path / "result.json", result)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise RunDirectoryError(f"{path} cannot be read: {error}") from None
+            return read_sealed(path)
+        except (DamagedFileError, OSError) as error:
+            raise RunDirectoryError(str(error)) from None
 
     def _check_same(self, stored: dict[str, Any], given: dict[str, Any], command: str) -> None:
         stored = {**TrainConfig().to_json(), **stored}  # options younger than the run had their defaults
@@ -207,17 +239,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown processor"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

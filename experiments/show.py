@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from experiments.display import history_table, layer_table, rank_table
 from experiments.metrics import Layer, totals
 from experiments.results_table import asked, is_adaptive, method_name
 from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.sealed import read_sealed
 
 __all__ = ["Run", "comparison_table", "load", "main", "show"]
 
@@ -101,7 +101,7 @@ def load(path: Path) -> Run:
     if not path.exists():
         raise NoRunError(f"{path} does not exist: give a run directory of experiments.train or a result file (*.json)")
     try:
-        result = json.loads(path.read_text())
+        result = read_sealed(path)
         history = _records(result["epochs"])
         options, name = dict(result["options"]), path.stem
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -120,8 +120,8 @@ def _load_directory(path: Path) -> Run:
     for part in ("config", "result"):
         try:
             stored[part] = getattr(directory, part)() or {}
-        except (RunDirectoryError, UnicodeDecodeError) as error:
-            notes.append(f"damaged: {error}")
+        except RunDirectoryError as error:
+            notes.append(str(error))
             stored[part] = {}
     config, result = stored["config"], stored["result"]
     if not (path / "config.json").is_file():

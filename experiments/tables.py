@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import table
 from experiments.config import LOCATIONS, TrainConfig
+from experiments.sealed import read_sealed
 
 __all__ = [
     "Costs",
@@ -63,7 +63,7 @@ def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(directory.rglob("*/*.json")):
         try:
-            result = json.loads(path.read_text())
+            result = read_sealed(path)
             result["final"]["test_accuracy"], result["epochs"][-1], result["options"]["seed"]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is no result of experiments.train ({error!r}): move it away") from None

@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; default those of the process.
 
     Returns:
-      The exit code: 0 when trained to the end, 1 when stopped by a number that is not finite, 2 for options or data that
-      cannot work, 130 and 143 when interrupted by SIGINT and SIGTERM.
+      The exit code: 0 when trained to the end, 1 when stopped by a number that is not finite or a file that cannot be written,
+      2 for options or data that cannot work, 130 and 143 when interrupted by SIGINT and SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from experiments import job
 
         return job.run(config, argv=argv).exit_code
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,10 +29,14 @@ from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import active_rank, is_tucker
 
-__all__ = ["all_steps", "ranks", "restore", "save"]
+__all__ = ["DamagedError", "all_steps", "ranks", "restore", "save"]
 
 PathLike = str | os.PathLike[str]
 _FORMAT = 1
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was saved; the message names what is lost, and the other checkpoints there."""
 
 
 def save(
@@ -51,6 +56,7 @@ def save(
 
     Raises:
       ValueError: for a step that exists already or is negative, or two leaves with one path.
+      OSError: if it cannot be written: the disk is full, say. Those before it are as they were.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, tdlrt_jax
@@ -81,7 +87,10 @@ def save(
         items: dict[str, Any] = {"description": ocp.args.JsonSave(description)}
         if filled := {name: array for name, array in arrays.items() if array.size}:
             items["arrays"] = ocp.args.StandardSave(filled)
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise _not_written(directory, step, error) from error
     return Path(directory).absolute() / str(step)
 
 
@@ -102,7 +111,9 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
-      ValueError: for a leaf that is missing, left over, of another shape or dtype, or damaged; the message names it.
+      ValueError: for a leaf that is missing, left over, or of another shape or dtype; the message names it.
+      DamagedError: a ``ValueError`` for a leaf that is not what was saved. Of the checkpoints before it, the last that does not
+        raise this is the one to continue from.
     """
     step = _existing_step(directory, step)
     where = f"checkpoint {step} in {directory}"
@@ -353,7 +364,18 @@ def _unreadable(arrays: Path, names: list[str]) -> list[str]:
     return failed
 
 
-def _damaged(directory: PathLike, step: int, problem: str) -> ValueError:
+def _not_written(directory: PathLike, step: int, error: Exception) -> OSError:
+    """An error that names the checkpoint; what there is of it already is removed, since it takes up room."""
+    for part in Path(directory).absolute().glob(f"{step}.*"):
+        shutil.rmtree(part, ignore_errors=True)
+    text = str(error)
+    text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"  # the end says what the system said
+    return OSError(
+        f"checkpoint {step} could not be written to {directory}: {type(error).__name__}: {text}. Those before it are as they were"
+    )
+
+
+def _damaged(directory: PathLike, step: int, problem: str) -> DamagedError:
     others = [other for other in all_steps(directory) if other != step]
     advice = f"Pass step= for another one: {others}" if others else "It is the only one there"
-    return ValueError(f"checkpoint {step} in {directory} is damaged: {problem}. {advice}")
+    return DamagedError(f"checkpoint {step} in {directory} is damaged: {problem}. {advice}")

@@ -75,7 +75,7 @@ class NetworkStep(NamedTuple):
                 )
             if name not in found:
                 raise ValueError(
-                    f"there is no gradient for parameter {name!r} in grads: expected the parameters' structure, got {sorted(found)}"
+                    f"grads has none for parameter {name!r}: expected the parameters' structure, got {sorted(found)}"
                 )
             nodes.append(found[name])
         return nodes

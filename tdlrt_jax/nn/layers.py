@@ -324,7 +324,7 @@ def stand_in(kernel: Any, param_dtype: DTypeLike) -> Array:
 
 
 def padding_of_flax(layer: Any) -> Any:
-    """A convolution's padding as flax.nnx takes it: names in capitals, and none where the input is dilated (VALID adds nothing)."""
+    """A convolution's padding as flax.nnx takes it: names in capitals, and no names where the input is dilated."""
     if not isinstance(layer.padding, str):
         return layer.padding
     dilation = getattr(layer, "input_dilation", 1)

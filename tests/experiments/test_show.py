@@ -115,9 +115,9 @@ def test_a_dense_run_has_no_ranks(run_directory, capsys, no_plots):
 @pytest.mark.parametrize(
     "name, content, note",
     [
-        ("config.json", "{", "damaged: .*config.json cannot be read"),
+        ("config.json", "{", ".*config.json is damaged: JSONDecodeError"),
         ("config.json", None, "config.json is missing"),
-        ("result.json", '{"layers": ', "damaged: .*result.json cannot be read"),
+        ("result.json", '{"layers": ', ".*result.json is damaged: JSONDecodeError"),
         ("result.json", '{"layers": [{"name": "conv1"}]}', "its layers cannot be read: KeyError"),
         ("metrics.jsonl", '{"epoch": 1}\n{"epo', "metrics.jsonl is damaged: line 2 of 2"),
         ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl cannot be read: KeyError"),
