@@ -9,7 +9,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 
-.PHONY: help setup train show benchmark peers onnx notebooks docs test lint format types clean
+.PHONY: help setup train show benchmark peers onnx notebooks docs test properties lint format types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,9 @@ docs: $(STAMP) ## build the documentation, docs/_build/index.html; warnings are 
 
 test: $(STAMP) ## run the tests; ARGS="-k data" passes options to pytest
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(ARGS)
+
+properties: $(STAMP) ## ten thousand and more random cases, hours; goes on where it was stopped, ARGS=--fresh begins anew
+	$(BIN)/python scripts/properties.py $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

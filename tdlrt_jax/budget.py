@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_number
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.ranks import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
 from tdlrt_jax.tucker import (
@@ -24,6 +25,7 @@ from tdlrt_jax.tucker import (
     ModeArray,
     TuckerTensor,
     active_rank,
+    check_kernel,
     kernel_shape,
     magnitude,
     parameter_count,
@@ -72,17 +74,19 @@ class Budget:
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.compression < 1:
+        rate = check_number("compression", self.compression, "a fraction between 0 and 1")
+        if not 0 < rate < 1:
             raise ValueError(
                 f"compression={self.compression}: expected a fraction between 0 and 1, 0.95 to store a twentieth"
             )
-        if not 0 <= self.start < self.steps:
+        check_integer("steps", self.steps, 1, "a number of steps")
+        check_integer("start", self.start, 0, "a number of steps")
+        if not self.start < self.steps:
             raise ValueError(f"start={self.start}, steps={self.steps}: expected 0 <= start < steps")
         if self.of not in ("kernels", "all"):
             raise ValueError(f"of={self.of!r} is unknown: expected 'kernels' or 'all'")
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be a number of adaptive steps, 1 or more")
-        if not self.power > 0:
+        check_integer("every", self.every, 1, "a number of adaptive steps")
+        if not check_number("power", self.power, "a positive number") > 0:
             raise ValueError(f"power={self.power} must be positive")
 
 
@@ -105,6 +109,7 @@ class Plan(NamedTuple):
 
 def plan_budget(kernel: TuckerTensor, policy: RankPolicy, tolerance: float | None = None) -> Plan:
     """The :class:`Plan` of a kernel."""
+    check_kernel(kernel)
     whole = tuple(factor is None for factor in kernel.factors)
     return Plan(kernel_shape(kernel), tuple(kernel.core.shape), whole, policy, tolerance)
 

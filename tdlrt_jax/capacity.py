@@ -14,6 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tdlrt_jax.arguments import (
+    check_concrete,
+    check_integer,
+    check_integers,
+    check_mapping,
+    check_number,
+    shown,
+)
 from tdlrt_jax.paths import kernel_paths, path_name
 from tdlrt_jax.ranks import max_capacity
 from tdlrt_jax.truncation import truncate
@@ -23,6 +31,7 @@ from tdlrt_jax.tucker import (
     TuckerTensor,
     active_rank,
     capacity,
+    check_kernel,
     is_tucker,
     kernel_shape,
     multi_mode_product,
@@ -58,6 +67,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
     """
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
+    check_concrete("tree", [node for _, node in leaves if is_tucker(node)])
     names = [path_name(path) for path, node in leaves if is_tucker(node)]
     if isinstance(capacity, Mapping):
         if list(capacity) == ["kernel"] and not any(_ends(name, "kernel") for name in names):
@@ -65,7 +75,13 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
         else:
             for key in capacity:
                 if names and not any(_ends(name, key) for name in names):
-                    raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
+                    raise ValueError(
+                        f"capacity names {key!r}, which ends no kernel's path: expected some of {names}, or their ends"
+                    )
+    elif isinstance(capacity, str) or not isinstance(capacity, int | np.integer | Sequence | np.ndarray):
+        raise ValueError(
+            f"capacity={shown(capacity)}: expected one number for all modes, one a mode, or a mapping from kernel paths to these"
+        )
 
     def resize_node(path: tuple, node: Any) -> Any:
         if not is_tucker(node) or any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)):
@@ -91,8 +107,13 @@ def _wanted(name: str, wanted: Capacity | Mapping[str, Capacity]) -> Capacity | 
 def _resize_kernel(name: str, kernel: TuckerTensor, wanted: Capacity) -> TuckerTensor:
     shape, present = kernel_shape(kernel), capacity(kernel)
     order = len(shape)
-    sizes = [min(n, wanted) for n in shape] if isinstance(wanted, int) else list(wanted)
-    if len(sizes) != order or any(not 1 <= size <= n for size, n in zip(sizes, shape)):
+    if isinstance(wanted, int | np.integer) and not isinstance(wanted, bool):
+        wanted = int(wanted)
+        sizes = [min(n, wanted) for n in shape]
+    else:
+        sizes = list(wanted) if isinstance(wanted, Sequence | np.ndarray) else []
+    integers = all(isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes)
+    if len(sizes) != order or not integers or any(not 1 <= size <= n for size, n in zip(sizes, shape)):
         raise ValueError(f"kernel {name!r} of shape {shape}: capacity {wanted} needs one number in 1..n a mode")
     useful = max_capacity(shape, [size if u is None else s for size, u, s in zip(present, kernel.factors, sizes)])
     sizes = [size if u is None else s for size, u, s in zip(present, kernel.factors, useful)]
@@ -161,11 +182,10 @@ def fit_capacity(
       >>> params["kernel"].core.shape, fit_capacity(params)
       ((32, 32), {'kernel': (8, 8)})
     """
-    if not headroom >= 1:
+    if not check_number("headroom", headroom, "a number, 1 or more") >= 1:
         raise ValueError(f"headroom={headroom} must be 1 or more: arrays have to hold the ranks in use")
-    if multiple < 1:
-        raise ValueError(f"multiple={multiple} must be a number of columns, 1 or more; 1 for no rounding")
-    if not 0 < hysteresis <= 1:
+    check_integer("multiple", multiple, 1, "a number of columns (1 for no rounding)")
+    if not 0 < check_number("hysteresis", hysteresis, "a fraction in (0, 1]") <= 1:
         raise ValueError(
             f"hysteresis={hysteresis}: expected a fraction in (0, 1], 0.75 to shrink for a quarter or more"
         )
@@ -239,6 +259,8 @@ def array_bytes(tree: Any) -> int:
     """
 
     def size(leaf: Any) -> int:
+        if not isinstance(leaf, int | float | complex | np.generic) and not hasattr(leaf, "dtype"):
+            raise ValueError(f"tree has the leaf {shown(leaf)}: expected arrays, scalars and PRNG keys")
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         return math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
@@ -248,6 +270,7 @@ def array_bytes(tree: Any) -> int:
 
 def _ranks(kernels: Mapping[str, TuckerTensor]) -> dict[str, list[int]]:
     """The ranks in use, counted by NumPy: many small arrays, for which eager operations of JAX take far longer."""
+    check_concrete("params", kernels)
     return {
         name: [
             size if u is None else int(np.any(np.asarray(u) != 0, axis=0).sum())
@@ -262,9 +285,11 @@ def _limits(
 ) -> dict[str, tuple[int, ...]]:
     """The largest useful capacities of every kernel."""
     max_rank = max_rank or {}
+    check_mapping("max_rank", max_rank, "from kernel paths to one size a mode")
     for name, bound in max_rank.items():
         if name not in kernels:
-            raise ValueError(f"max_rank names {name!r}, which is no kernel's path; the paths are {list(kernels)}")
+            raise ValueError(f"max_rank names {name!r}, which is no kernel's path: expected some of {list(kernels)}")
+        bound = check_integers(f"max_rank[{name!r}]", bound, 1, what="sizes, one a mode")
         if len(bound) != len(kernels[name].factors):
             raise ValueError(
                 f"max_rank[{name!r}]={tuple(bound)} has {len(bound)} entries: expected one a mode of a kernel of shape "
@@ -295,7 +320,19 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
     Returns:
       A kernel of the same capacities, rotated so that its core is all-orthogonal with slices by descending energy. Directions
       that carry nothing are dropped. The core's dtype stays; factors are float32 at least.
+
+    Raises:
+      ValueError: for anything but a TuckerTensor whose core and factors fit each other.
     """
+    check_kernel(kernel)
+    fit = all(
+        u is None or (jnp.ndim(u) == 2 and u.shape[1] == n) for n, u in zip(jnp.shape(kernel.core), kernel.factors)
+    )
+    if jnp.ndim(kernel.core) < 2 or jnp.ndim(kernel.core) != len(kernel.factors) or not fit:
+        raise ValueError(
+            f"kernel has a core of shape {jnp.shape(kernel.core)} and factors of shapes "
+            f"{[jnp.shape(u) for u in kernel.factors]}: expected one factor a mode, (n_i, R_i) for a core (R_1, ..., R_d), or None"
+        )
     core = kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32))
     bases: list[ModeArray] = []
     for mode, factor in enumerate(kernel.factors):

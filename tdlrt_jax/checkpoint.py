@@ -71,19 +71,24 @@ def save(
     if step < 0:
         raise ValueError(f"step={step} must be 0 or more")
     arrays = {name: _to_host(leaf) for name, leaf in _leaves(tree).items()}
+    # Orbax stores no arrays without entries; their shapes say all of them.
+    empty = {name: [list(array.shape), str(array.dtype)] for name, array in arrays.items() if not array.size}
     description: dict[str, Any] = {
         "format": _FORMAT,
         "ranks": _ranks(tree),
         "checksums": {name: _checksum(array) for name, array in arrays.items()},
         "metadata": dict(metadata or {}),
+        **({"empty": empty} if empty else {}),
     }
     description["checksum"] = _json_checksum(description)
     with _manager(directory, keep=keep, writing=True) as manager:
         if step in manager.all_steps():
             raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
-        composite = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description))
+        items: dict[str, Any] = {"description": ocp.args.JsonSave(description)}
+        if filled := {name: array for name, array in arrays.items() if array.size}:
+            items["arrays"] = ocp.args.StandardSave(filled)
         try:
-            manager.save(step, args=composite, force=True)
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise _not_written(directory, step, error) from error
     return Path(directory).absolute() / str(step)
@@ -115,10 +120,14 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
     wanted = _leaves(like)
     with _manager(directory) as manager:
         description = _description(manager, directory, step)
-        checksums = description["checksums"]
-        with _naming_leaves(directory, step, list(checksums)):
-            # None where the file that lists the arrays is missing.
-            stored = dict(manager.item_metadata(step)["arrays"] or {})
+        checksums, empty = description["checksums"], _empty_arrays(description, directory, step)
+        filled = [name for name in checksums if name not in empty]
+        stored: dict[str, Any] = {}
+        if filled:
+            with _naming_leaves(directory, step, filled):
+                # None where the file that lists the arrays is missing.
+                stored = dict(manager.item_metadata(step)["arrays"] or {})
+        stored |= empty
         lost = sorted(checksums.keys() ^ stored.keys())
         if lost:
             raise _damaged(directory, step, f"{_listed(lost)}: the list of arrays is not the one that was saved")
@@ -128,9 +137,12 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
         for name in wanted.keys() - absent:
             _check_leaf(where, name, wanted[name], stored[name], free.get(name, ()))
         # As NumPy arrays: a checkpoint written on one kind of device is read on any other.
-        target = {name: np.broadcast_to(np.zeros((), item.dtype), item.shape) for name, item in stored.items()}
-        with _naming_leaves(directory, step, list(checksums)):
-            arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
+        arrays = {name: np.zeros(item.shape, item.dtype) for name, item in empty.items()}
+        target = {name: np.broadcast_to(np.zeros((), stored[name].dtype), stored[name].shape) for name in filled}
+        if target:
+            with _naming_leaves(directory, step, filled):
+                items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
+                arrays |= manager.restore(step, args=items)["arrays"]
     altered = [name for name in stored if _checksum(np.asarray(arrays[name])) != checksums[name]]
     if altered:
         raise _damaged(directory, step, f"{_listed(altered)}: not what was saved")
@@ -193,6 +205,21 @@ def _description(manager: ocp.CheckpointManager, directory: PathLike, step: int)
     if checksum is not None and checksum != _json_checksum(description):
         raise _damaged(directory, step, "ranks, checksums or metadata are not what was saved")
     return description
+
+
+def _empty_arrays(description: Mapping[str, Any], directory: PathLike, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays without entries, by path."""
+    try:
+        found = {
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            for name, (shape, dtype) in description.get("empty", {}).items()
+        }
+        if all(0 in struct.shape and name in description["checksums"] for name, struct in found.items()):
+            return found
+        problem = "an array that is listed as empty has entries, or no checksum"
+    except (TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise _damaged(directory, step, f"the list of arrays without entries cannot be used. {problem}")
 
 
 def _json_checksum(description: Mapping[str, Any]) -> int:

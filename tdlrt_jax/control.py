@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.budget import Budget, BudgetState, Plan, allowed, fit_ranks, initial_state, mode_energies, plan_budget
 from tdlrt_jax.integrators import Galerkin, Truncation
@@ -50,12 +51,13 @@ class RankControl:
                 raise ValueError('a Budget finds a relative tolerance: leave out convention="absolute"')
         elif not callable(tolerance):
             check_tolerance(tolerance, self.policy.convention)
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup} must be a number of steps, 0 or more")
-        if self.adapt_every < 1:
-            raise ValueError(f"adapt_every={self.adapt_every} must be a number of steps, 1 or more")
-        if self.freeze_after is not None and self.freeze_after < 0:
-            raise ValueError(f"freeze_after={self.freeze_after} must be a number of steps, 0 or more, or None")
+        check_integer("warmup", self.warmup, 0, "a number of steps")
+        check_integer("adapt_every", self.adapt_every, 1, "a number of steps")
+        if self.freeze_after is not None:
+            check_integer("freeze_after", self.freeze_after, 0, "None or a number of steps")
+        for argument, bound in (("min_rank", self.min_rank), ("max_rank", self.max_rank)):
+            for pattern in bound if isinstance(bound, Mapping) else ():
+                _check_pattern(argument, pattern)
         check_policy(self.policy, 2)
 
     # At the start.
@@ -68,7 +70,8 @@ class RankControl:
             for pattern in bound if isinstance(bound, Mapping) else ():
                 if not any(re.search(pattern, name) for name in tree.names):
                     raise ValueError(
-                        f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {tree.names}"
+                        f"{argument}: the pattern {pattern!r} is found in no kernel's path: expected one of those in "
+                        f"{tree.names}"
                     )
         check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in tree.node_names))
 
@@ -175,6 +178,15 @@ class RankControl:
             plan_budget(kernel, self.policy_of(name, kernel), self._rule(name).tolerance)
             for name, kernel in zip(tree.names, tree.kernels)
         ]
+
+
+def _check_pattern(argument: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{argument}: the pattern {pattern!r} must be a regular expression on kernels' paths ({error})"
+        ) from None
 
 
 def _bound(bound: Bounds | None, name: str, default: int | None) -> int | tuple[int, ...] | None:

@@ -3,7 +3,8 @@
 The bytes are what ``jax.export`` writes: the network as StableHLO with its weights as constants, lowered for several
 platforms, for any batch size. Any JAX of its guaranteed compatibility window runs them by ``jax.export.deserialize``
 alone. A seal at their end, which that function does not look at, lets :func:`deserialize` tell damaged files from
-whole ones.
+whole ones. It is a checksum, no signature: whoever writes a file can seal it. What a file holds is a program, so
+:func:`deserialize` looks at what that would call before any of it can run (:mod:`tdlrt_jax.programs`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+
+from tdlrt_jax.programs import check_program
 
 __all__ = ["Program", "deserialize", "load", "save", "serialize", "to_onnx"]
 
@@ -124,7 +127,8 @@ def deserialize(data: bytes) -> Program:
       A callable of the network's inputs.
 
     Raises:
-      ValueError: for bytes that are damaged, cut off or something else, or that this version of JAX does not read.
+      ValueError: for bytes that are damaged, cut off or something else, that this version of JAX does not read, or whose program
+        calls functions of the process other than those that JAX itself uses for arithmetic.
       ImportError: without the package ``flatbuffers``.
     """
     _require("flatbuffers", "pip install flatbuffers")
@@ -248,12 +252,14 @@ def _deserialize(data: bytes, where: str) -> Program:
     if hashlib.sha256(body).digest() != digest:
         raise ValueError(f"{where} is damaged: its checksum is not the one it was written with. Export the model again")
     try:
-        return Program(jax.export.deserialize(bytearray(body)))
+        exported = jax.export.deserialize(bytearray(body))
     except Exception as error:
         raise ValueError(
             f"{where} is whole, but JAX {jax.__version__} does not read it ({type(error).__name__}: {error}): use a "
             "version nearer to the one that wrote it, or export the model again"
         ) from error
+    check_program(exported, where)
+    return Program(exported)
 
 
 def _require(package: str, remedy: str) -> None:

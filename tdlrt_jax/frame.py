@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import (
@@ -179,6 +180,8 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
 
     Source: Theorem 1, equation (8).
     """
+
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
 
     def evaluate(params: Any, *args: Any, **kwargs: Any) -> Any:
         nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kernel)

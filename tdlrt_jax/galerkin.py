@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.conv.onepass import Applied, Tap, applications, apply_kernel
 from tdlrt_jax.conv.plans import plan_for, streamed_modes
 from tdlrt_jax.frame import Frame, chart_point, is_kernel, lift_nodes, value_and_grad, with_point
@@ -66,6 +67,8 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
 
     Source: Algorithm 1, lines 8 and 9.
     """
+
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
 
     def evaluate(params: Any, *args: Any) -> tuple[tuple[Any, Any], SecondGradient]:
         def anew(at: Any) -> tuple[Any, Any]:

@@ -17,6 +17,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from tdlrt_jax.arguments import (
+    check_array,
+    check_callable,
+    check_dtype,
+    check_key,
+    check_number,
+    check_shape,
+    shown,
+)
 from tdlrt_jax.ranks import check_ranks
 from tdlrt_jax.truncation import hosvd
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
@@ -64,12 +73,17 @@ def kernel_rank(shape: Sequence[int], rank: Rank = None) -> tuple[int | None, ..
       >>> kernel_rank((3, 3, 16, 32), 0.25), kernel_rank((3, 3, 16, 32), (None, None, 8, 0.5))
       ((3, 3, 4, 8), (None, None, 8, 16))
     """
-    shape = tuple(shape)
+    shape = check_shape(shape)
+    if isinstance(rank, bool | str) or not isinstance(rank, int | float | np.number | Sequence | np.ndarray | None):
+        raise ValueError(
+            f"rank={shown(rank)}: expected a count, a fraction in (0, 1], or one of these (or None) a mode"
+        )
     if rank is None:
         entries: list[int | float | None] = list(shape)
-    elif isinstance(rank, int | float):
+    elif isinstance(rank, int | float | np.number):
         spatial = list(shape[:-2])
-        entries = [*spatial, *(rank if isinstance(rank, float) else min(rank, n) for n in shape[-2:])]
+        fraction = isinstance(rank, float | np.floating)
+        entries = [*spatial, *(float(rank) if fraction else min(int(rank), n) for n in shape[-2:])]
     else:
         entries = list(rank)
     if len(entries) != len(shape):
@@ -86,16 +100,16 @@ def mode_rank(entry: int | float | None, size: int, mode: int, shape: tuple[int,
     """One entry of a rank as a count; ``None`` for a whole mode."""
     if entry is None:
         return None
-    if isinstance(entry, float):
+    if isinstance(entry, float | np.floating):
         if not 0 < entry <= 1:
             raise ValueError(
                 f"rank={entry} for mode {mode} of a kernel of shape {shape}: a float is a fraction of the mode's size, "
                 "in (0, 1]; write an int for a count"
             )
         return max(1, round(entry * size))
-    if not 1 <= entry <= size:
+    if not isinstance(entry, int | np.integer) or isinstance(entry, bool) or not 1 <= entry <= size:
         raise ValueError(
-            f"rank={entry} for mode {mode} of a kernel of shape {shape}: a count is in 1..{size} "
+            f"rank={entry!r} for mode {mode} of a kernel of shape {shape}: a count is in 1..{size} "
             "(the layout is spatial..., in, out), None leaves the mode whole"
         )
     return int(entry)
@@ -109,12 +123,13 @@ def dense_norm(shape: Sequence[int], scheme: Scheme = "lecun") -> float:
       scheme: ``"lecun"``: variance ``1 / fan_in``; ``"he"``: ``2 / fan_in``; ``"glorot"``: ``2 / (fan_in + fan_out)``.
 
     Raises:
-      ValueError: for another scheme.
+      ValueError: for another scheme, or a shape of less than two modes.
 
     Example:
       >>> dense_norm((3, 3, 16, 64))
       8.0
     """
+    shape = check_shape(shape)
     size = math.prod(shape)
     fan_in, fan_out = size / shape[-1], size / shape[-2]
     variances = {"lecun": 1 / fan_in, "he": 2 / fan_in, "glorot": 2 / (fan_in + fan_out)}
@@ -152,8 +167,8 @@ def tucker_normal(
       >>> kernel.core.shape, round(float(jnp.linalg.norm(tdlrt_jax.to_dense(kernel))), 4)
       ((3, 3, 4, 16), 8.0)
     """
-    core_key, factor_key = jax.random.split(key)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    core_key, factor_key = jax.random.split(check_key("key", key))
+    dtype = jnp.promote_types(check_dtype("dtype", dtype), jnp.float32)
     ranks = kernel_rank(shape, rank)
     core = jax.random.normal(core_key, [n if r is None else r for n, r in zip(shape, ranks)], dtype)
     return with_norm(TuckerTensor(core, random_factors(factor_key, shape, ranks, dtype)), norm)
@@ -180,7 +195,7 @@ def tucker_from_dense(weights: Array, rank: Rank = None, *, rescale: bool = True
       >>> bool(jnp.isclose(jnp.linalg.norm(kernel.core), jnp.linalg.norm(weights)))
       True
     """
-    weights = jnp.asarray(weights)
+    weights = check_array("weights", weights, "a dense kernel (n_1, ..., n_d)", modes=2, floating=True)
     kernel = compiled_hosvd(weights, rank=kernel_rank(weights.shape, rank))
     return with_norm(kernel, jnp.linalg.norm(weights)) if rescale else kernel
 
@@ -229,12 +244,14 @@ def tucker_spectral(
       >>> [f"{value:.0e}" for value in values[:4]]
       ['1e+00', '1e-01', '1e-02', '1e-03']
     """
-    core_key, factor_key = jax.random.split(key)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    core_key, factor_key = jax.random.split(check_key("key", key))
+    dtype = jnp.promote_types(check_dtype("dtype", dtype), jnp.float32)
     ranks = kernel_rank(shape, rank)
     if singular_values is None:
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay}: the ratio of successive singular values is in (0, 1]")
+        if not 0 < check_number("decay", decay, "the ratio of successive singular values, in (0, 1]") <= 1:
+            raise ValueError(
+                f"decay={decay}: the ratio of successive singular values is in (0, 1], expected such a number"
+            )
         singular_values = [max(decay**k, SMALLEST_VALUE) for k in range(max(shape))]
     spectra = mode_spectra(singular_values, ranks)
     start = jax.random.normal(core_key, [n if r is None else r for n, r in zip(shape, ranks)], dtype)
@@ -273,7 +290,8 @@ def initial_kernel(
     Raises:
       ValueError: for an unknown name, or weights of another shape.
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    check_callable("kernel_init", kernel_init, "kernel_init(key, shape, dtype) -> weights")
+    dtype = jnp.promote_types(check_dtype("dtype", dtype), jnp.float32)
     if not callable(initialization) and initialization not in INITIALIZATIONS:
         raise ValueError(
             f"initialization={initialization!r} is unknown: expected one of {INITIALIZATIONS}, or a function "
@@ -282,7 +300,7 @@ def initial_kernel(
     weights = kernel_init(key, tuple(shape), dtype)
     found = kernel_shape(weights) if isinstance(weights, TuckerTensor) else jnp.shape(weights)
     if tuple(found) != tuple(shape):
-        raise ValueError(f"kernel_init returned weights of shape {tuple(found)} for a kernel of shape {tuple(shape)}")
+        raise ValueError(f"kernel_init returned weights of shape {tuple(found)}: expected {tuple(shape)}, the kernel's")
     if isinstance(weights, TuckerTensor):
         return weights
     if initialization == "hosvd":
@@ -315,6 +333,12 @@ def prescribe_spectra(
     Source: Hackbusch and Uschmajew, "On the interconnection between the higher-order singular values of real tensors"
     (2017), alternating projections.
     """
+    fit = all(values is None or np.shape(values) == (size,) for values, size in zip(spectra, core.shape))
+    if len(spectra) != core.ndim or not fit:
+        raise ValueError(
+            f"spectra have the shapes {[np.shape(values) for values in spectra]}: expected ({', '.join(map(str, core.shape))}) "
+            "values, one sequence a mode, or None"
+        )
     for mode, values in enumerate(spectra):
         if values is not None:
             # A graded start: from a flat one, the small singular values would be picked from rounding errors.
@@ -342,10 +366,14 @@ def mode_spectra(
     singular_values: Sequence[float] | Sequence[Sequence[float] | None], ranks: Sequence[int | None]
 ) -> list[np.ndarray | None]:
     """One descending sequence of unit norm for every mode, as long as its rank; ``None`` where it is free."""
+    if isinstance(singular_values, str) or not isinstance(singular_values, Sequence | np.ndarray):
+        raise ValueError(f"singular_values={shown(singular_values)}: expected a sequence of numbers, or one a mode")
     one_for_all = all(isinstance(value, int | float | np.number) for value in singular_values)
     per_mode: list[Any] = [singular_values] * len(ranks) if one_for_all else list(singular_values)
     if len(per_mode) != len(ranks):
-        raise ValueError(f"singular_values has {len(per_mode)} sequences for a kernel with {len(ranks)} modes")
+        raise ValueError(
+            f"singular_values has {len(per_mode)} sequences for a kernel: expected {len(ranks)}, one a mode"
+        )
     spectra: list[np.ndarray | None] = []
     for mode, (entry, rank) in enumerate(zip(per_mode, ranks)):
         if entry is None or rank is None:
@@ -375,6 +403,8 @@ def random_factors(
 
 def with_norm(kernel: TuckerTensor, norm: ArrayLike | None) -> TuckerTensor:
     """The kernel scaled to ``||W|| = norm``, by default that of a dense layer; a zero kernel stays zero."""
+    if norm is not None and not isinstance(norm, jax.Array):
+        check_number("norm", norm, "a number, the kernel's Frobenius norm")
     norm = dense_norm(kernel_shape(kernel)) if norm is None else norm
     size = jnp.linalg.norm(kernel.core)
     scale = jnp.where(size > 0, norm / jnp.where(size > 0, size, 1), 0)

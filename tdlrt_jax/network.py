@@ -74,11 +74,13 @@ class NetworkStep(NamedTuple):
         for name, node in zip(self.tree.node_names, self.tree.nodes):
             if is_tucker(node) != is_tucker(found.get(name)):
                 raise ValueError(
-                    f"parameter {name!r} is a {type(node).__name__}, its gradient a {type(found.get(name)).__name__}: take "
-                    "gradients with tdlrt_jax.value_and_grad, which gives TuckerTensor(dC, (dK_1, ...)) for a kernel"
+                    f"parameter {name!r} is a {type(node).__name__}, its gradient in grads a {type(found.get(name)).__name__}: "
+                    "take gradients with tdlrt_jax.value_and_grad, which gives TuckerTensor(dC, (dK_1, ...)) for a kernel"
                 )
             if name not in found:
-                raise ValueError(f"there is no gradient for parameter {name!r}; the gradients have {sorted(found)}")
+                raise ValueError(
+                    f"grads has none for parameter {name!r}: expected the parameters' structure, got {sorted(found)}"
+                )
             nodes.append(found[name])
         return nodes
 

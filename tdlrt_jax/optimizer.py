@@ -18,6 +18,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
+from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import chart_point, lift_all
@@ -115,7 +116,8 @@ def tdlrt(
 
     Source: Algorithm 1; for ``"parallel"`` Ceruti, Kusch, Lubich & Sulz (2024).
     """
-    if integrator not in INTEGRATORS:
+    check_transformation("inner", inner)
+    if not isinstance(integrator, str) or integrator not in INTEGRATORS:
         raise ValueError(f"integrator={integrator!r} is unknown: expected one of {sorted(INTEGRATORS)}")
     scheme = INTEGRATORS[integrator]
     spare = (1 if integrator == "parallel" else 0) if spare is None else spare
@@ -163,11 +165,17 @@ def tdlrt(
     ) -> tuple[Any, TdlrtState]:
         if params is None:
             raise ValueError("tdlrt needs the parameters: call update(grads, state, params, value_and_grad_fn=...)")
+        if not isinstance(state, TdlrtState):
+            raise ValueError(
+                f"state is a {type(state).__name__}: expected the TdlrtState that init or the last update gave"
+            )
         tree = flatten_kernels(params)
         if not tree.positions:  # nothing to integrate: the inner transformation alone
             updates, after = inner.update(grads, state.inner, params, **extra)
             outcome, finite = _plain_outcome(updates, after, state), all_finite((grads, extra.get("value")))
             return _accept(outcome, params, state, [], finite=finite, plain=jnp.zeros((), bool))
+        if value_and_grad_fn is not None:
+            check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
         if scheme.evaluations == 2 and value_and_grad_fn is None:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
@@ -215,6 +223,12 @@ def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:
         deviation=jnp.zeros((), jnp.float32),
         budget=(state.budget, state.tolerance),
     )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for anything but an optax transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(f"{name}={shown(value)}: expected an optax transformation, such as optax.sgd(0.1)")
 
 
 def _accept(

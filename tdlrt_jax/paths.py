@@ -19,6 +19,9 @@ def path_name(path: tuple) -> str:
 def kernel_paths(params: Any) -> dict[str, TuckerTensor]:
     """Every Tucker kernel in a pytree by its path, in the order of the tree.
 
+    Raises:
+      ValueError: for two leaves with one path, ``{"a": {"b": ...}, "a/b": ...}``: ranks, bounds and gradients go by path.
+
     Example:
       >>> import jax.numpy as jnp, tdlrt_jax
       >>> params = {"conv": {"kernel": tdlrt_jax.hosvd(jnp.ones((3, 4))), "bias": jnp.ones(4)}}
@@ -61,13 +64,21 @@ class KernelTree(NamedTuple):
 
 
 def flatten_kernels(tree: Any) -> KernelTree:
-    """Flattens a pytree with its Tucker kernels as leaves."""
+    """Flattens a pytree with its Tucker kernels as leaves.
+
+    Raises:
+      ValueError: for two leaves with one path.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
     positions = [i for i, (_, node) in enumerate(leaves) if is_tucker(node)]
+    names = [path_name(path) for path, _ in leaves]
+    if len(set(names)) < len(names):
+        name = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"two leaves have the path {name!r}: rename one of the containers' keys")
     return KernelTree(
         nodes=[node for _, node in leaves],
         treedef=treedef,
-        node_names=[path_name(path) for path, _ in leaves],
+        node_names=names,
         paths=[leaves[i][0] for i in positions],
         positions=positions,
     )

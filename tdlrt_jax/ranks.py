@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+
+from tdlrt_jax.arguments import check_integer, check_integers, check_number, check_shape, shown
 
 __all__ = [
     "RankPolicy",
@@ -61,24 +64,28 @@ DEFAULT_POLICY = RankPolicy()
 
 def check_policy(policy: RankPolicy, order: int) -> None:
     """Raises ``ValueError`` for options that cannot work on a kernel of the given order."""
+    if not isinstance(policy, RankPolicy):
+        raise ValueError(f"policy={shown(policy)}: expected a RankPolicy")
     if policy.criterion not in CRITERIA:
         raise ValueError(f"criterion={policy.criterion!r} is unknown: expected one of {CRITERIA}")
     if policy.convention not in CONVENTIONS:
         raise ValueError(f"convention={policy.convention!r} is unknown: expected one of {CONVENTIONS}")
     if policy.route not in ROUTES:
         raise ValueError(f"route={policy.route!r} is unknown: expected one of {ROUTES}")
-    if policy.spare < 0:
-        raise ValueError(f"spare={policy.spare} must be a number of directions, 0 or more")
+    check_integer("spare", policy.spare, 0, "a number of directions")
     lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
     for mode, (low, high) in enumerate(zip(lows, highs)):
-        if low < 1:
-            raise ValueError(f"min_rank={low} for mode {mode}: a rank is at least 1")
+        if not is_count(low) or low < 1:
+            raise ValueError(f"min_rank={shown(low)} for mode {mode}: a rank is at least 1, an integer")
+        if high is not None and not is_count(high):
+            raise ValueError(f"max_rank={shown(high)} for mode {mode}: expected an integer, or None for no bound")
         if high is not None and high < low:
-            raise ValueError(f"max_rank={high} for mode {mode} is below its min_rank={low}")
+            raise ValueError(f"max_rank={high} for mode {mode} is below its min_rank={low}: it must be at least that")
 
 
 def check_tolerance(tolerance: float, convention: Convention = "shared") -> None:
     """Raises ``ValueError`` unless ``tolerance`` is a usable number for the convention."""
+    tolerance = check_number("tolerance", tolerance, "a number, 0 (keep everything) or more")
     if not math.isfinite(tolerance) or tolerance < 0:
         raise ValueError(f"tolerance={tolerance}: expected a finite number, 0 (keep everything) or more")
     if convention != "absolute" and tolerance >= 1:
@@ -92,19 +99,16 @@ def check_ranks(
     rank: Sequence[int | None] | int | None, shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """Capacities and whole modes for a requested rank; raises ``ValueError`` naming the mode that does not fit."""
-    if len(shape) < 2:
-        raise ValueError(f"a Tucker kernel has at least two modes, got shape {tuple(shape)}")
-    if rank is None or isinstance(rank, int):
-        if rank is not None and rank < 1:
+    shape = check_shape(shape)
+    if rank is None or is_count(rank):
+        if rank is not None and int(rank) < 1:  # type: ignore[arg-type]
             raise ValueError(f"rank={rank}: a rank is at least 1")
-        ranks: list[int | None] = [n if rank is None else min(rank, n) for n in shape]
+        ranks: list[int | None] = [n if rank is None else min(int(rank), n) for n in shape]  # type: ignore[arg-type]
     else:
-        ranks = list(rank)
-    if len(ranks) != len(shape):
-        raise ValueError(f"rank={tuple(ranks)} has {len(ranks)} entries for a kernel of shape {tuple(shape)}")
+        ranks = one_a_mode("rank", rank, len(shape), f"for a kernel of shape {shape}")
     for mode, (r, n) in enumerate(zip(ranks, shape)):
-        if r is not None and not 1 <= r <= n:
-            raise ValueError(f"rank {r} of mode {mode} is outside 1..{n} (kernel shape {tuple(shape)})")
+        if r is not None and not (is_count(r) and 1 <= r <= n):
+            raise ValueError(f"rank={r!r} of mode {mode}: expected a count in 1..{n}, or None (kernel shape {shape})")
     whole = tuple(r is None for r in ranks)
     sizes = max_capacity(shape, [n if r is None else r for r, n in zip(ranks, shape)])
     return tuple(n if w else s for n, s, w in zip(shape, sizes, whole)), whole
@@ -112,11 +116,23 @@ def check_ranks(
 
 def per_mode(bound: int | Sequence[int] | None, order: int, name: str) -> tuple:
     """A bound as a tuple with one entry a mode."""
-    if bound is None or isinstance(bound, int):
+    if bound is None or is_count(bound):
         return (bound,) * order
-    if len(bound) != order:
-        raise ValueError(f"{name}={tuple(bound)} has {len(bound)} entries for a kernel with {order} modes")
-    return tuple(bound)
+    return tuple(one_a_mode(name, bound, order, f"for a kernel with {order} modes"))
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer, NumPy's too; a boolean is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def one_a_mode(name: str, value: Any, order: int, where: str) -> list[Any]:
+    """A sequence as long as there are modes; raises ``ValueError`` naming the argument."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        raise ValueError(f"{name}={shown(value)}: expected an integer, or one a mode {where}")
+    if len(value) != order:
+        raise ValueError(f"{name}={tuple(value)} has {len(value)} entries {where}: expected one number, or one a mode")
+    return list(value)
 
 
 def max_capacity(shape: Sequence[int], rank: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -126,7 +142,9 @@ def max_capacity(shape: Sequence[int], rank: Sequence[int] | None = None) -> tup
       >>> max_capacity((3, 3, 1, 64))
       (3, 3, 1, 9)
     """
-    sizes = [min(n, r) for n, r in zip(shape, rank or shape)]
+    shape = check_integers("shape", shape, 1, what="sizes, one a mode")
+    rank = shape if rank is None else check_integers("rank", rank, 1, len(shape), "ranks, one a mode")
+    sizes = [min(n, r) for n, r in zip(shape, rank)]
     for _ in sizes:  # a bound that falls can lower the others, at most once a mode
         sizes = [min(size, math.prod(sizes[:mode] + sizes[mode + 1 :])) for mode, size in enumerate(sizes)]
     return tuple(sizes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from tdlrt_jax.arguments import check_mapping, shown
 from tdlrt_jax.baselines.cp import is_cp
 from tdlrt_jax.conv.plans import count_work, forward_plan
 from tdlrt_jax.paths import path_name
@@ -100,6 +101,8 @@ class Summary(NamedTuple):
 
 def layer_name(path: str) -> str:
     """The layer that a kernel's path belongs to: ``conv1`` for ``conv1/kernel`` and ``conv1/kernel/value``."""
+    if not isinstance(path, str):
+        raise ValueError(f"path={shown(path)}: expected a string, such as 'conv1/kernel'")
     return path.removesuffix("/value").removesuffix("/kernel")
 
 
@@ -124,6 +127,12 @@ def summarize_params(params: Any, kinds: Mapping[str, str] | None = None) -> Sum
       >>> layer.path, layer.rank, layer.parameters, layer.dense_parameters
       ('conv', (3, 3, 2, 4), 170, 1152)
     """
+    check_mapping("kinds", kinds or {}, "from names of layers to kinds")
+    strange = [
+        leaf for leaf in jax.tree.leaves(params) if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float)
+    ]
+    if strange:
+        raise ValueError(f"params has the leaf {shown(strange[0])}: expected arrays and kernels")
     kernels = kernels_by_layer(params)
     layers = [
         summarize_layer(
@@ -192,6 +201,8 @@ def summarize_layer(
     Returns:
       A :class:`LayerSummary`.
     """
+    if not is_compressed(kernel) and not hasattr(kernel, "shape"):
+        raise ValueError(f"kernel is {shown(kernel)}: expected a TuckerTensor, a CPTensor or an array")
     calls = tuple(tuple(shape) for shape in inputs or ())
     shape, rank, parameters = kernel_shape_of(kernel), None, numbers(kernel)
     if is_tucker(kernel):

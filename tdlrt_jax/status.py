@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tdlrt_jax.arguments import check_integer
+
 __all__ = ["NONFINITE", "NOT_ORTHONORMAL", "OK", "PLAIN_GRADIENTS", "RANK_AT_CAPACITY", "SKIPPED", "describe_status"]
 
 OK = 0
@@ -45,4 +47,8 @@ def describe_status(status: int) -> list[str]:
       >>> describe_status(0)
       []
     """
-    return [message for flag, message in _ADVICE.items() if int(status) & flag]
+    known = sum(_ADVICE)
+    flags = check_integer("status", status, 0, "the status of a step")
+    if flags & ~known:
+        raise ValueError(f"status={flags} has flags that are unknown: expected the status of a step, at most {known}")
+    return [message for flag, message in _ADVICE.items() if flags & flag]

@@ -11,10 +11,11 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
+from tdlrt_jax.arguments import check_callable, check_integer
 from tdlrt_jax.frame import value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
-from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
+from tdlrt_jax.optimizer import TdlrtState, check_transformation, left_out, no_updates
 from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]
@@ -76,8 +77,9 @@ def tdlrt_step(
       >>> info.rank["w"].shape
       (2,)
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be a number of micro-batches, 1 or more")
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
+    check_transformation("tx", tx)
+    check_integer("accumulate", accumulate, 1, "a number of micro-batches")
     tx = optax.with_extra_args_support(tx)
 
     def with_state(params: Any, model_state: Any, *batch: Any) -> tuple[Array, tuple[Any, Any]]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tdlrt_jax.arguments import check_mapping
 from tdlrt_jax.frame import Frame, active_entries
 from tdlrt_jax.integrators import Augmented, embed
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, is_tucker, multi_mode_product, unfold
@@ -68,6 +69,10 @@ def find_moments(
     Raises:
       ValueError: for state that cannot follow a change of basis, naming the state's class and field.
     """
+    check_mapping("moments", fields or {}, "from field names to 'linear' or 'squared'")
+    for name, kind in (fields or {}).items():
+        if kind not in ("linear", "squared"):
+            raise ValueError(f"moments[{name!r}]={kind!r} is unknown: expected 'linear' or 'squared'")
     known = {**KNOWN_FIELDS, **(fields or {})}
     moments = []
     for position, (path, node) in enumerate(jax.tree_util.tree_flatten_with_path(state, is_leaf=is_tucker)[0]):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_array
 from tdlrt_jax.ranks import (
     DEFAULT_POLICY,
     Convention,
@@ -87,7 +88,12 @@ def truncate(
     Source: the rounding task of section 3.1, line 11 of Algorithm 1; for the randomized route, which the outlook names,
     see :func:`randomized_rotation`.
     """
+    core = check_array("core", core, "a core (m_1, ..., m_d)", modes=2, floating=True)
     order = core.ndim
+    check_policy(policy, order)
+    for name, entries in (("capacity", capacity), ("whole", whole)):
+        if entries is not None and len(entries) != order:
+            raise ValueError(f"{name}={entries} has {len(entries)} entries: expected one for each of {order} modes")
     whole = whole or (False,) * order
     sizes = tuple(m if w else min(m, c) for m, c, w in zip(core.shape, capacity or core.shape, whole))
     lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
@@ -248,10 +254,10 @@ def hosvd(
 
     Source: section 2.1; Kolda & Bader (2009) for the truncated HOSVD, used sequentially.
     """
-    tensor = jnp.asarray(tensor)
+    tensor = check_array("tensor", tensor, "a full tensor (n_1, ..., n_d)", modes=2, floating=True)
+    if 0 in tensor.shape:
+        raise ValueError(f"tensor has shape {tensor.shape}: expected entries, no mode of size 0")
     sizes, whole = check_ranks(rank, tensor.shape)
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise ValueError(f"tensor has dtype {tensor.dtype}: a Tucker kernel is floating, convert it first")
     if tolerance is not None:
         check_tolerance(tolerance, convention)
     policy = RankPolicy(criterion, convention, min_rank=1 if tolerance is not None else sizes, route=route)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_array, check_integers, shown
+
 __all__ = [
     "ModeArray",
     "TuckerTensor",
@@ -73,6 +75,14 @@ def is_tucker(node: Any) -> bool:
     return isinstance(node, TuckerTensor)
 
 
+def check_kernel(kernel: Any, who: str = "kernel") -> None:
+    """Raises ``ValueError`` for anything but a :class:`TuckerTensor`."""
+    if not isinstance(kernel, TuckerTensor):
+        raise ValueError(
+            f"{who} is {shown(kernel)}: expected a TuckerTensor, of a full tensor tdlrt_jax.hosvd makes one"
+        )
+
+
 def check_structure(kernel: TuckerTensor, name: str | None = None) -> None:
     """Raises ``ValueError`` unless core and factors fit together: one factor a mode, of shapes that a lift can work on.
 
@@ -83,6 +93,7 @@ def check_structure(kernel: TuckerTensor, name: str | None = None) -> None:
       name: the kernel's path, for the message.
     """
     who = "the kernel" if name is None else f"kernel {name!r}"
+    check_kernel(kernel, who)
     core, factors = kernel.core, kernel.factors
     for part in (core, *(factor for factor in factors if factor is not None)):
         if not hasattr(part, "ndim"):
@@ -112,14 +123,26 @@ def check_structure(kernel: TuckerTensor, name: str | None = None) -> None:
             )
 
 
+def _check_mode(mode: int, order: int) -> None:
+    if not isinstance(mode, int) or not 0 <= mode < order:
+        raise ValueError(f"mode={mode!r}: expected one of 0..{order - 1}, the modes of the tensor")
+
+
 def unfold(tensor: Array, mode: int) -> Array:
     """``Mat_i``: the ``(n_i, prod_{j != i} n_j)`` matrix whose rows are the slices of mode ``i`` (paper, section 2.1)."""
+    _check_mode(mode, check_array("tensor", tensor, modes=1).ndim)
     return jnp.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
 
 
 def fold(matrix: Array, mode: int, shape: Sequence[int]) -> Array:
     """``Ten_i``: the tensor of the given ``shape`` whose unfolding along ``mode`` is ``matrix``; inverse of :func:`unfold`."""
+    _check_mode(mode, len(shape))
     rest = [n for axis, n in enumerate(shape) if axis != mode]
+    if jnp.shape(matrix) != (shape[mode], math.prod(rest)):
+        raise ValueError(
+            f"matrix has shape {jnp.shape(matrix)}: expected the unfolding along mode {mode} of a tensor of shape "
+            f"{tuple(shape)}, {(shape[mode], math.prod(rest))}"
+        )
     return jnp.moveaxis(matrix.reshape(shape[mode], *rest), 0, mode)
 
 
@@ -130,6 +153,12 @@ def mode_product(tensor: Array, matrix: ModeArray, mode: int) -> Array:
     """
     if matrix is None:
         return tensor
+    _check_mode(mode, tensor.ndim)
+    if jnp.ndim(matrix) != 2 or matrix.shape[1] != tensor.shape[mode]:
+        raise ValueError(
+            f"matrix has shape {jnp.shape(matrix)}: expected (m, {tensor.shape[mode]}) for mode {mode} of a tensor of shape "
+            f"{tensor.shape}"
+        )
     product = jnp.tensordot(matrix, tensor, axes=(1, mode), precision=HIGHEST)
     return jnp.moveaxis(product, 0, mode)
 
@@ -148,6 +177,15 @@ def multi_mode_product(
     Returns:
       The product, contracted in the order in which intermediate results grow least.
     """
+
+    sizes = [None if m is None else m.shape[0 if transpose else 1] for m in matrices]
+    if len(sizes) != tensor.ndim or any(
+        size not in (None, n) for mode, (size, n) in enumerate(zip(sizes, tensor.shape)) if mode != skip
+    ):
+        raise ValueError(
+            f"matrices of shapes {[None if m is None else m.shape for m in matrices]} do not fit a tensor of shape "
+            f"{tensor.shape}: expected one a mode, {'(n_j, m_j)' if transpose else '(m_j, n_j)'}, or None"
+        )
 
     def growth(mode: int) -> float:
         matrix = matrices[mode]
@@ -183,17 +221,20 @@ def to_dense(kernel: Any) -> Array:
         return multi_mode_product(kernel.core, kernel.factors)
     if hasattr(kernel, "chart_to_dense"):
         return kernel.chart_to_dense()
-    return jnp.asarray(kernel)
+    return check_array("kernel", kernel, "a TuckerTensor, a Frame or an array")
 
 
 def kernel_shape(kernel: Any) -> tuple[int, ...]:
     """The shape ``(n_1, ..., n_d)`` of the full tensor that a TuckerTensor (or a Frame) stands for."""
-    bases = kernel.factors if isinstance(kernel, TuckerTensor) else kernel.U
+    bases = kernel.factors if isinstance(kernel, TuckerTensor) else getattr(kernel, "U", None)
+    if bases is None:
+        raise ValueError(f"kernel is {shown(kernel)}: expected a TuckerTensor or a Frame (an array has kernel.shape)")
     return tuple(r if u is None else u.shape[-2] for r, u in zip(kernel.core.shape[-len(bases) :], bases))
 
 
 def capacity(kernel: TuckerTensor) -> tuple[int, ...]:
     """The static capacities ``(R_1, ..., R_d)``: the shape of the core's array."""
+    check_kernel(kernel)
     return tuple(kernel.core.shape[-len(kernel.factors) :])
 
 
@@ -211,6 +252,7 @@ def active_rank(kernel: TuckerTensor) -> Array:
       >>> active_rank(kernel).tolist()
       [2, 2]
     """
+    check_kernel(kernel)
     ranks = [
         jnp.int32(size) if factor is None else jnp.sum(active_columns(factor), dtype=jnp.int32)
         for size, factor in zip(capacity(kernel), kernel.factors)
@@ -225,5 +267,11 @@ def parameter_count(shape: Sequence[int], rank: Sequence[int], whole: Sequence[b
       >>> parameter_count((256, 256, 3, 3), (76, 76, 3, 3))  # the paper's AlexNet layer, 5.2e4 and the factors
       90914
     """
+    shape = check_integers("shape", shape, 0, what="sizes, one a mode")
+    rank = check_integers("rank", rank, 0, len(shape), "ranks, one a mode")
     whole = whole or (False,) * len(shape)
+    if len(whole) != len(shape):
+        raise ValueError(
+            f"whole={tuple(whole)} has {len(whole)} entries: expected one a mode of a kernel of shape {shape}"
+        )
     return math.prod(int(r) for r in rank) + sum(int(n) * int(r) for n, r, w in zip(shape, rank, whole) if not w)

@@ -23,6 +23,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+# Other examples every time, and for a failure the line that draws it again: `make properties`, or --hypothesis-profile=nightly.
+settings.register_profile(
+    "nightly", max_examples=500, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("ci")
 
 

@@ -284,3 +284,14 @@ def test_damaged_files_are_reported(saved, what):
 def test_two_leaves_with_one_path_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
         checkpoint.save(tmp_path, 0, {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)})
+
+
+def test_arrays_without_entries_and_trees_without_arrays(tmp_path):
+    """Orbax stores neither."""
+    for step, tree in enumerate([{"x": jnp.zeros((0, 3), jnp.bfloat16), "y": jnp.ones(2)}, {"x": jnp.zeros(0)}, {}]):
+        checkpoint.save(tmp_path, step, tree, {"epoch": 1})
+        restored, metadata = checkpoint.restore(tmp_path, tree)
+        assert_equal(restored, tree)
+        assert metadata == {"epoch": 1}
+    with pytest.raises(ValueError, match=r"'x' has shape \(0,\), the given tree \(3,\)"):
+        checkpoint.restore(tmp_path, {"x": jnp.zeros(3)}, 1)

@@ -473,6 +473,17 @@ def test_degenerate_images(x_shape, rng):
     assert empty.shape == (2, 0, 0, 6)
 
 
+def test_a_window_that_lies_outside_of_the_image(rng):
+    """Dilated to 5x5 on 2x3 pixels: no output, whatever the plan, and gradients of zeros."""
+    kernel = random_kernel(rng, (3, 3, 4, 6), (2, 2, 3, 3), np.float32)
+    x = jnp.ones((2, 2, 3, 4))
+    for plan in PLANS:
+        y, transpose = jax.vjp(lambda x, plan=plan: tucker_conv(x, kernel, padding="VALID", dilation=2, plan=plan), x)
+        assert y.shape == (2, 0, 0, 6)
+        np.testing.assert_array_equal(transpose(y)[0], jnp.zeros_like(x))
+    assert tucker_conv(x, kernel, padding=((0, 3), (0, 0)), dilation=2).shape == (2, 1, 0, 6)
+
+
 # Counted work and the choice of a plan.
 
 

@@ -1,4 +1,4 @@
-"""Training steps under JAX's own guards: nothing is not a number on the way, no tracer leaks, nothing moves to or from the host."""
+"""Training steps under JAX's own guards: no NaN on the way, no tracer leaks, nothing moves to or from the host."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_no_tracer_leaks(integrator):
         step = tdlrt_step(with_statistics, tx, has_aux=True, has_state=True, donate=False)
         step(params, tx.init(params), statistics, images, labels)
         leaked = []
-        with pytest.raises(Exception, match="[Ll]eak"):
+        with pytest.raises(Exception, match=r"[Ll]eak"):
             jax.jit(lambda x: leaked.append(x) or x)(1.0)
 
 
@@ -62,7 +62,7 @@ def test_nothing_moves_between_host_and_device(integrator):
     with jax.transfer_guard("disallow"):
         for _ in range(3):
             params, state, info = step(params, state, images, labels)
-        with pytest.raises(Exception, match="[Dd]isallowed"):
+        with pytest.raises(Exception, match=r"[Dd]isallowed"):
             step(params, state, np.zeros(images.shape, np.float32), labels)
     assert int(info.status) == 0
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdlrt_jax import TuckerTensor, active_rank, parameter_count, to_dense
+from tdlrt_jax import TuckerTensor, active_rank, kernel_paths, parameter_count, to_dense
 from tdlrt_jax.tucker import fold, kernel_shape, mode_product, multi_mode_product, unfold
 from tests.helpers import random_kernel
 
@@ -77,3 +77,11 @@ def test_kernel_is_a_pytree():
     doubled = jax.tree.map(lambda leaf: 2 * leaf, kernel)
     assert isinstance(doubled, TuckerTensor) and doubled.factors[1] is None
     assert float(doubled.core[0, 0]) == 2.0
+
+
+def test_two_leaves_with_one_path_are_refused(rng):
+    """What is kept by path, ranks and errors, would belong to one of them, and one would get the other's gradient."""
+    kernel, bias = random_kernel(rng, (3, 4), (2, 2)), jnp.ones(4)
+    for tree in ({"a": {"b": kernel}, "a/b": kernel}, {"": kernel, "kernel": kernel}, {"a": {"b": bias}, "a/b": bias}):
+        with pytest.raises(ValueError, match=r"two leaves have the path '(a/b|kernel)': rename one"):
+            kernel_paths(tree)

@@ -110,9 +110,10 @@ def cp_conv(
     y = lax.pad(y, jnp.zeros((), y.dtype), pads)
     for axis, factor in enumerate(windows, start=1):
         stride, step, n = geometry.strides[axis - 1], geometry.dilation[axis - 1], size[axis - 1]
+        # Without output pixels the window may lie outside of the image altogether.
+        starts = [o * step if n else 0 for o in range(factor.shape[0])]
         shifted = [
-            lax.slice_in_dim(y, o * step, o * step + max(n - 1, 0) * stride + min(n, 1), stride, axis)
-            for o in range(factor.shape[0])
+            lax.slice_in_dim(y, start, start + max(n - 1, 0) * stride + min(n, 1), stride, axis) for start in starts
         ]
         y = sum(part * row.astype(y.dtype) for part, row in zip(shifted, factor))
     y = jnp.matmul(y, last.T.astype(y.dtype), precision=precision)

@@ -176,7 +176,8 @@ def _patches(x: Array, window: Sequence[int], geometry: Geometry) -> list[Array]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
 
     def under(position: tuple[int, ...]) -> Array:
-        start = [o * d for o, d in zip(position, geometry.dilation)]
+        # Where the output has no pixels the window may lie outside of the image altogether.
+        start = [o * d if n else 0 for o, d, n in zip(position, geometry.dilation, size)]
         stop = [o + max(n - 1, 0) * s + min(n, 1) for o, n, s in zip(start, size, geometry.strides)]
         return lax.slice(x, (0, *start, 0), (batch, *stop, channels), (1, *geometry.strides, 1))
 

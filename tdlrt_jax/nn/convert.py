@@ -13,7 +13,7 @@ from jax import Array
 
 from tdlrt_jax.capacity import resize
 from tdlrt_jax.initialization import compiled_hosvd, initial_kernel, kernel_rank
-from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init
+from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init, padding_of_flax
 from tdlrt_jax.nn.modules import children, replace_modules
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
 from tdlrt_jax.ranks import RankPolicy, check_tolerance
@@ -250,8 +250,8 @@ def _counterpart(layer: Any, kernel: nnx.Variable, weights: Any) -> Any:
     arguments = {name: getattr(layer, name) for name in entry.arguments}
     if to_tucker:
         arguments["param_dtype"] = weights.dtype  # that of the weights decides the dtype of the computation, as it did
-    elif isinstance(arguments.get("padding"), str):
-        arguments["padding"] = arguments["padding"].upper()  # flax knows the names in capitals only
+    elif "padding" in arguments:
+        arguments["padding"] = padding_of_flax(layer)
     value = kernel.get_value()
     # Nothing is drawn: the weights are there, and the bias is the copy's own Variable.
     new = (entry.tucker if to_tucker else entry.dense)(**arguments, kernel_init=lambda *_: value, rngs=nnx.Rngs(0))

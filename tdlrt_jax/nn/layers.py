@@ -323,6 +323,15 @@ def stand_in(kernel: Any, param_dtype: DTypeLike) -> Array:
     return jnp.zeros((), param_dtype if widened else stored)
 
 
+def padding_of_flax(layer: Any) -> Any:
+    """A convolution's padding as flax.nnx takes it: names in capitals, and no names where the input is dilated."""
+    if not isinstance(layer.padding, str):
+        return layer.padding
+    dilation = getattr(layer, "input_dilation", 1)
+    dilated = any(d not in (1, None) for d in (dilation if isinstance(dilation, tuple | list) else (dilation,)))
+    return ((0, 0),) * len(layer.kernel_size) if dilated else layer.padding.upper()
+
+
 def hashable(value: Any) -> Any:
     """Sequences as tuples, so that the layer's static part can be compared."""
     return tuple(hashable(entry) for entry in value) if isinstance(value, list | tuple) else value

@@ -21,7 +21,7 @@ from jax import lax
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.conv.plans import PLANS, forward_plan, streamed_modes
 from tdlrt_jax.frame import Frame
-from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
+from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, padding_of_flax
 from tdlrt_jax.nn.modules import replace_modules
 from tdlrt_jax.nn.summary import counted_kernel, geometry_of, module_path, record_inputs
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
@@ -228,7 +228,7 @@ def _plain_layer(layer: Any, plan: str) -> Any:
     grouped = {"feature_group_count": groups, "conv_general_dilated": function}
     geometry = {
         "strides": layer.strides,
-        "padding": layer.padding.upper() if isinstance(layer.padding, str) else layer.padding,
+        "padding": padding_of_flax(layer),
         "input_dilation": layer.input_dilation,
         "kernel_dilation": layer.kernel_dilation,
     }

@@ -98,3 +98,8 @@ def test_ranks_as_fractions():
 def test_a_decay_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"decay=1\.5: the ratio of successive norms"):
         cp_spectral(jax.random.key(0), (3, 3), 2, decay=1.5, norm=1.0)
+
+
+def test_a_window_that_lies_outside_of_the_image():
+    kernel = cp_normal(jax.random.key(0), (3, 3, 4, 5), 2, norm=1.0)
+    assert cp_conv(jnp.ones((2, 2, 3, 4)), kernel, padding="VALID", dilation=2).shape == (2, 0, 0, 5)

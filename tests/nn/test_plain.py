@@ -316,3 +316,11 @@ def test_a_model_in_the_midst_of_training_is_refused():
     model.norm.var.set_value(jnp.full(4, jnp.inf))
     with pytest.raises(ValueError, match="'norm/var' has entries that are not finite"):
         to_plain(model, plan="dense")
+
+
+@pytest.mark.parametrize("dilation", [2, (1, 2)])
+def test_flax_has_no_names_for_paddings_of_dilated_inputs(dilation):
+    layer = TuckerConv(2, 3, (2, 2), padding="valid", input_dilation=dilation, rank=1, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 2))
+    for plain in (to_plain(layer, x), to_plain(layer, plan="factored"), tdlrt_jax.densify(layer)):
+        np.testing.assert_allclose(plain(x), layer(x), atol=1e-5)
