@@ -331,7 +331,8 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
     if jnp.ndim(kernel.core) < 2 or jnp.ndim(kernel.core) != len(kernel.factors) or not fit:
         raise ValueError(
             f"kernel has a core of shape {jnp.shape(kernel.core)} and factors of shapes "
-            f"{[jnp.shape(u) for u in kernel.factors]}: expected one factor a mode, (n_i, R_i) for a core (R_1, ..., R_d), or None"
+            f"{[jnp.shape(u) for u in kernel.factors]}: "
+            "expected one factor a mode, (n_i, R_i) for a core (R_1, ..., R_d), or None"
         )
     core = kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32))
     bases: list[ModeArray] = []
