@@ -441,15 +441,15 @@ class _Job:
             except checkpoint.DamagedError as error:
                 damaged[step] = error
         if steps and metadata is None:
-            problems = "\n".join(f"  {error}" for error in damaged.values())
+            problems = "\n".join(f"  {problem}" for problem in damaged.values())
             raise RunDirectoryError(
                 f"no checkpoint of {self.directory.path} can be read:\n{problems}\n"
-                f"Start the run anew in another --run-dir. Nothing was changed"
+                "Start the run anew in another --run-dir. Nothing was changed"
             )
         self.devices.wait()  # until all processes have read
-        for step, error in damaged.items():
+        for step, problem in damaged.items():
             aside = f"Kept as {self.directory.put_aside(f'checkpoints/{step}')}" if self.devices.leads else ""
-            self.console.print(f"{error}. {aside}", soft_wrap=True, highlight=False)
+            self.console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
         return metadata
 
     # Ends.

@@ -191,7 +191,8 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(step, evaluate, devices, forget=evaluate_batch.clear_cache)
+    forget = evaluate_batch.clear_cache  # type: ignore[attr-defined]  # jax's own types lack it
+    programs = Programs(step, evaluate, devices, forget=forget)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)
