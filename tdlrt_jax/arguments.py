@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,22 @@ __all__ = [
     "check_callable",
     "check_concrete",
     "check_dtype",
+    "check_input",
     "check_integer",
     "check_integers",
     "check_key",
     "check_mapping",
     "check_number",
+    "check_path",
+    "check_precision",
+    "check_rngs",
     "check_shape",
+    "check_transformation",
     "shown",
 ]
+
+
+_MODES = {1: "one mode", 2: "two modes"}
 
 
 def shown(value: Any) -> str:
@@ -89,7 +98,7 @@ def check_array(name: str, value: Any, what: str = "an array", *, modes: int = 0
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {shown(value)}: expected {what}") from None
     if array.ndim < modes:
-        raise ValueError(f"{name} has shape {array.shape}: expected {what}, with at least {modes} modes")
+        raise ValueError(f"{name} has shape {array.shape}: expected {what}, with at least {_MODES[modes]}")
     if floating and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {array.dtype}: a Tucker kernel is floating, convert it first")
     return array
@@ -119,6 +128,8 @@ def check_key(name: str, value: Any) -> Array:
 def check_dtype(name: str, value: Any) -> Any:
     """A floating dtype."""
     try:
+        if value is None:
+            raise TypeError
         dtype = jnp.dtype(value)
     except TypeError:
         raise ValueError(f"{name}={shown(value)}: expected a floating dtype, such as jnp.float32") from None
@@ -127,9 +138,47 @@ def check_dtype(name: str, value: Any) -> Any:
     return dtype
 
 
+def check_input(name: str, value: Any, what: str = "an array (batch..., spatial..., channels)") -> Any:
+    """A layer's input: what has a shape and a dtype, or plain numbers that become an array."""
+    return value if hasattr(value, "shape") and hasattr(value, "dtype") else check_array(name, value, what)
+
+
+def check_precision(name: str, value: Any) -> None:
+    """A precision of a matrix product, as ``jax.lax`` takes it."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if part is None or isinstance(part, jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset):
+            continue
+        try:
+            if not isinstance(part, str):
+                raise ValueError
+            part in jax.lax.DotAlgorithmPreset.__members__ or jax.lax.Precision(part)
+        except ValueError:
+            raise ValueError(
+                f"{name}={shown(value)}: expected None, 'default', 'high', 'highest' or a jax.lax.Precision"
+            ) from None
+
+
+def check_rngs(name: str, value: Any) -> None:
+    """Random keys of flax.nnx, with a stream for parameters."""
+    if not callable(getattr(value, "params", None)):
+        raise ValueError(f"{name}={shown(value)}: expected random keys with a stream params, such as flax.nnx.Rngs(0)")
+
+
+def check_path(name: str, value: Any) -> None:
+    """The path of a file or directory."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={shown(value)}: expected a path, a string or a pathlib.Path")
+
+
 def check_concrete(name: str, tree: Any) -> None:
     """Arrays with values: what is decided on the host cannot be traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
             f"{name} is traced: shapes are decided from values, so call this outside of jit, vmap and grad"
         )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for anything but an optax transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(f"{name}={shown(value)}: expected an optax transformation, such as optax.sgd(0.1)")

@@ -75,9 +75,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
         else:
             for key in capacity:
                 if names and not any(_ends(name, key) for name in names):
-                    raise ValueError(
-                        f"capacity names {key!r}, which ends no kernel's path: expected some of {names}, or their ends"
-                    )
+                    raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
     elif isinstance(capacity, str) or not isinstance(capacity, int | np.integer | Sequence | np.ndarray):
         raise ValueError(
             f"capacity={shown(capacity)}: expected one number for all modes, one a mode, or a mapping from kernel paths to these"
@@ -288,7 +286,7 @@ def _limits(
     check_mapping("max_rank", max_rank, "from kernel paths to one size a mode")
     for name, bound in max_rank.items():
         if name not in kernels:
-            raise ValueError(f"max_rank names {name!r}, which is no kernel's path: expected some of {list(kernels)}")
+            raise ValueError(f"max_rank names {name!r}, which is no kernel's path; the paths are {list(kernels)}")
         bound = check_integers(f"max_rank[{name!r}]", bound, 1, what="sizes, one a mode")
         if len(bound) != len(kernels[name].factors):
             raise ValueError(

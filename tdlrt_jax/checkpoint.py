@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tdlrt_jax.arguments import check_integer, check_mapping, check_path, shown
 from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import active_rank, is_tucker
@@ -68,8 +69,12 @@ def save(
       ...     path.name, metadata, checkpoint.ranks(directory)
       ('7', {'epoch': 1}, {'kernel': [1, 1]})
     """
-    if step < 0:
-        raise ValueError(f"step={step} must be 0 or more")
+    check_path("directory", directory)
+    step = check_integer("step", step, 0, "a number of steps")
+    if keep is not None:
+        check_integer("keep", keep, 1, "None or a number of checkpoints")
+    _check_metadata(metadata)
+    _check_tree("tree", tree)
     arrays = {name: _to_host(leaf) for name, leaf in _leaves(tree).items()}
     # Orbax stores no arrays without entries; their shapes say all of them.
     empty = {name: [list(array.shape), str(array.dtype)] for name, array in arrays.items() if not array.size}
@@ -83,7 +88,7 @@ def save(
     description["checksum"] = _json_checksum(description)
     with _manager(directory, keep=keep, writing=True) as manager:
         if step in manager.all_steps():
-            raise ValueError(f"step={step} has a checkpoint already in {directory}: save under another step")
+            raise ValueError(f"step={step} has a checkpoint already in {directory}: use another step")
         items: dict[str, Any] = {"description": ocp.args.JsonSave(description)}
         if filled := {name: array for name, array in arrays.items() if array.size}:
             items["arrays"] = ocp.args.StandardSave(filled)
@@ -115,6 +120,7 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
       DamagedError: a ``ValueError`` for a leaf that is not what was saved. Of the checkpoints before it, the last that does not
         raise this is the one to continue from.
     """
+    _check_tree("like", like)
     step = _existing_step(directory, step)
     where = f"checkpoint {step} in {directory}"
     wanted = _leaves(like)
@@ -160,6 +166,7 @@ def ranks(directory: PathLike, step: int | None = None) -> dict[str, list[int]]:
 
 def all_steps(directory: PathLike) -> list[int]:
     """The steps that have a complete checkpoint, ascending; empty if there is no such directory."""
+    check_path("directory", directory)
     if not Path(directory).is_dir():
         return []
     with _manager(directory) as manager:
@@ -229,12 +236,32 @@ def _json_checksum(description: Mapping[str, Any]) -> int:
 
 
 def _existing_step(directory: PathLike, step: int | None) -> int:
+    if step is not None:
+        step = check_integer("step", step, 0, "None or the number of a checkpoint")
     steps = all_steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}")
     if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {directory}: there are {steps}")
     return steps[-1] if step is None else step
+
+
+def _check_metadata(metadata: Any) -> None:
+    check_mapping("metadata", {} if metadata is None else metadata, "which JSON can hold")
+    try:
+        json.dumps(dict(metadata or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be what JSON can hold: {error}") from None
+
+
+def _check_tree(argument: str, tree: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise ValueError(
+                f"{argument} has the leaf {path_name(path)!r}, {shown(leaf)}: expected arrays, scalars and PRNG keys"
+            )
+        if isinstance(leaf, np.ndarray) and leaf.dtype.hasobject:
+            raise ValueError(f"{argument} has the leaf {path_name(path)!r} of Python objects: expected numbers")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -70,8 +70,7 @@ class RankControl:
             for pattern in bound if isinstance(bound, Mapping) else ():
                 if not any(re.search(pattern, name) for name in tree.names):
                     raise ValueError(
-                        f"{argument}: the pattern {pattern!r} is found in no kernel's path: expected one of those in "
-                        f"{tree.names}"
+                        f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {tree.names}"
                     )
         check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in tree.node_names))
 

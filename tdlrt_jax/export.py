@@ -21,11 +21,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from tdlrt_jax.arguments import check_path, shown
 from tdlrt_jax.programs import check_program
 
 __all__ = ["Program", "deserialize", "load", "save", "serialize", "to_onnx"]
 
 PathLike = str | os.PathLike[str]
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _SEAL = b"\ntdlrt_jax.export 1\n"  # followed by the SHA-256 of all before it
 # Moved within jax 0.10: the old place warns where the new one exists.
 _HOME: Any = jax.errors if hasattr(jax.errors, "InconclusiveDimensionOperation") else jax.core
@@ -36,12 +38,20 @@ class Program:
     """A deserialized network: call it with its inputs. It is compiled once for each batch size."""
 
     def __init__(self, exported: jax.export.Exported):
+        if not isinstance(exported, jax.export.Exported):
+            raise ValueError(
+                f"exported is {shown(exported)}: expected a jax.export.Exported; export.deserialize reads one"
+            )
         self.exported = exported  # of jax.export, for everything that it tells
         self._call = jax.jit(exported.call)
 
     def __call__(self, *inputs: Any) -> Any:
-        """The outputs for inputs of the exported shapes and dtypes."""
-        return self._call(*inputs)
+        """The outputs for inputs of the exported shapes and dtypes; ``ValueError`` for others."""
+        try:
+            return self._call(*inputs)
+        except (TypeError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            raise ValueError(f"inputs do not fit {self}: expected {', '.join(self.inputs)}. {message}") from error
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -100,6 +110,14 @@ def serialize(
       True
     """
     _require("flatbuffers", "pip install flatbuffers")
+    listed = not isinstance(platforms, str) and isinstance(platforms, Sequence) and len(platforms) > 0
+    if not listed or any(platform not in _PLATFORMS for platform in platforms):
+        raise ValueError(f"platforms={shown(platforms)}: expected some of {_PLATFORMS}, in a tuple")
+    for leaf in jax.tree.leaves(example, is_leaf=lambda node: node is None):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float | complex):
+            raise ValueError(
+                f"example has the part {shown(leaf)}: expected arrays or jax.ShapeDtypeStructs, the model's inputs"
+            )
     function = _inference_function(model, example, plan, fast=True)
     arguments = example if isinstance(example, tuple) else (example,)
     structs = [jax.tree.map(_struct, argument) for argument in arguments]
@@ -132,6 +150,10 @@ def deserialize(data: bytes) -> Program:
       ImportError: without the package ``flatbuffers``.
     """
     _require("flatbuffers", "pip install flatbuffers")
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ValueError(
+            f"data is {shown(data)}: expected the bytes that export.serialize made; export.load reads a file"
+        )
     return _deserialize(bytes(data), "data")
 
 
@@ -158,6 +180,7 @@ def save(path: PathLike, model: Any, example: Any, **options: Any) -> Path:
       ...     load(path)(jnp.ones((5, 3))).shape
       (5, 2)
     """
+    check_path("path", path)
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: there is no directory {str(path.parent)!r}; make it first")
@@ -173,6 +196,9 @@ def load(path: PathLike) -> Program:
       ValueError: naming the file, as in :func:`deserialize`.
     """
     _require("flatbuffers", "pip install flatbuffers")
+    check_path("path", path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no such file; export.save makes one")
     return _deserialize(Path(path).read_bytes(), str(path))
 
 
@@ -197,6 +223,7 @@ def to_onnx(
       ValueError: as in :func:`serialize`.
       ImportError: without jax2onnx.
     """
+    check_path("path", path)
     _require("jax2onnx", "it needs an environment of its own, which scripts/onnx_check makes")
     import jax2onnx
 
@@ -225,7 +252,9 @@ def _inference_function(model: Any, example: Any, plan: str | None, *, fast: boo
         check_inference(model)
         return inference_function(to_plain(model, example, plan=plan), fast=fast)
     if plan is not None:
-        raise ValueError(f"plan={plan!r} is for an nnx.Module; how a function applies its kernels is its own affair")
+        raise ValueError(
+            f"plan={plan!r} is for an nnx.Module; how a function applies its kernels is its own affair, pass None"
+        )
     return model
 
 
@@ -246,8 +275,8 @@ def _deserialize(data: bytes, where: str) -> Program:
     body, seal, digest = data[: -_DIGEST - len(_SEAL)], data[-_DIGEST - len(_SEAL) : -_DIGEST], data[-_DIGEST:]
     if seal != _SEAL:
         raise ValueError(
-            f"{where} does not end as what tdlrt_jax.export writes: it was cut off, damaged, or written by something "
-            "else (what jax.export wrote itself is read by jax.export.deserialize)"
+            f"{where} does not end as what tdlrt_jax.export writes: expected a whole one. It was cut off, damaged, or "
+            "written by something else (what jax.export wrote itself is read by jax.export.deserialize)"
         )
     if hashlib.sha256(body).digest() != digest:
         raise ValueError(f"{where} is damaged: its checksum is not the one it was written with. Export the model again")

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, shown
+from tdlrt_jax.arguments import check_callable, check_transformation
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import chart_point, lift_all
@@ -223,12 +223,6 @@ def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:
         deviation=jnp.zeros((), jnp.float32),
         budget=(state.budget, state.tolerance),
     )
-
-
-def check_transformation(name: str, value: Any) -> None:
-    """Raises ``ValueError`` for anything but an optax transformation."""
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        raise ValueError(f"{name}={shown(value)}: expected an optax transformation, such as optax.sgd(0.1)")
 
 
 def _accept(

@@ -151,9 +151,7 @@ def check_rules_match(parsed: Sequence[tuple[str, Rule]], paths: Iterable[str]) 
     for pattern, _ in parsed:
         found = {path for path in paths if re.search(pattern, path)}
         if not found:
-            raise ValueError(
-                f"rules: the pattern {pattern!r} is found in no layer's path: expected one that is found in one of {paths}"
-            )
+            raise ValueError(f"rules: the pattern {pattern!r} is found in no layer's path; the paths are {paths}")
         for general, taken in earlier:
             # A pattern for all the rest that finds nothing left is no mistake.
             if found < taken:

@@ -11,11 +11,11 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, check_integer
+from tdlrt_jax.arguments import check_callable, check_integer, check_transformation
 from tdlrt_jax.frame import value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
-from tdlrt_jax.optimizer import TdlrtState, check_transformation, left_out, no_updates
+from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
 from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]

@@ -148,8 +148,8 @@ def test_hosvd_of_a_tall_matrix_and_with_whole_modes(x64, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": (7, 1, 1)}, "rank 7 of mode 0 is outside 1..4"),
-        ({"rank": (0, 1, 1)}, "rank 0 of mode 0"),
+        ({"rank": (7, 1, 1)}, "rank=7 of mode 0: expected a count in 1..4"),
+        ({"rank": (0, 1, 1)}, "rank=0 of mode 0"),
         ({"rank": 0}, "rank=0"),
         ({"rank": (1, 1)}, "2 entries"),
         ({"tolerance": -0.1}, "tolerance=-0.1"),

@@ -15,6 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from tdlrt_jax.arguments import (
+    check_array,
+    check_dtype,
+    check_input,
+    check_integer,
+    check_key,
+    check_number,
+    check_precision,
+    check_shape,
+    shown,
+)
 from tdlrt_jax.conv.geometry import PaddingLike, output_size, resolve_input
 from tdlrt_jax.initialization import SMALLEST_VALUE
 
@@ -47,11 +58,12 @@ def cp_rank(shape: Sequence[int], rank: int | float) -> int:
       >>> cp_rank((3, 3, 64, 64), 7), cp_rank((3, 3, 64, 64), 0.1)
       (7, 27)
     """
+    shape = check_shape(shape)
     if isinstance(rank, float) and 0 < rank <= 1:
         return max(1, math.floor(rank * math.prod(shape) / sum(shape)))
-    if isinstance(rank, float) or rank < 1:
-        raise ValueError(f"rank={rank}: expected a number of terms, 1 or more, or a fraction in (0, 1]")
-    return rank
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
+        raise ValueError(f"rank={shown(rank)}: expected a number of terms, 1 or more, or a fraction in (0, 1]")
+    return int(rank)
 
 
 def cp_to_dense(kernel: CPTensor) -> Array:
@@ -62,6 +74,7 @@ def cp_to_dense(kernel: CPTensor) -> Array:
       >>> cp_to_dense(CPTensor((jnp.ones((2, 3)), jnp.ones((4, 3))))).tolist()[0]
       [3.0, 3.0, 3.0, 3.0]
     """
+    _check_kernel(kernel)
     letters = "abcdefgh"[: len(kernel.factors)]
     terms = ",".join(f"{letter}z" for letter in letters)
     return jnp.einsum(f"{terms}->{letters}", *kernel.factors, precision=lax.Precision.HIGHEST)
@@ -91,6 +104,9 @@ def cp_conv(
 
     Source: Lebedev et al. (2015).
     """
+    _check_kernel(kernel)
+    x = check_input("x", x)
+    check_precision("precision", precision)
     *windows, first, last = kernel.factors
     spatial = len(windows)
     if (
@@ -127,7 +143,7 @@ def cp_normal(
 
     The kernel's entries are sums of ``R`` independent products, of variance ``R s^(2 d)`` for factors of deviation ``s``.
     """
-    _check_rank(rank)
+    _check_draw(key, shape, rank, norm, dtype)
     deviation = (jnp.asarray(norm, dtype) ** 2 / (rank * math.prod(shape))) ** (1 / (2 * len(shape)))
     keys = jax.random.split(key, len(shape))
     return CPTensor(tuple(deviation * jax.random.normal(k, (n, rank), dtype) for k, n in zip(keys, shape)))
@@ -152,9 +168,9 @@ def cp_spectral(
     Raises:
       ValueError: for a decay or a rank that cannot be.
     """
-    _check_rank(rank)
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay={decay}: the ratio of successive norms is in (0, 1]")
+    _check_draw(key, shape, rank, norm, dtype)
+    if not 0 < check_number("decay", decay, "the ratio of successive norms, in (0, 1]") <= 1:
+        raise ValueError(f"decay={decay}: the ratio of successive norms is in (0, 1], expected such a number")
     norms = np.maximum(decay ** np.arange(rank, dtype=np.float64), SMALLEST_VALUE)
     shared = jnp.asarray((norms / np.linalg.norm(norms)) ** (1 / len(shape)), dtype)
     scale = jnp.asarray(norm, dtype) ** (1 / len(shape))
@@ -173,7 +189,9 @@ def cp_als(dense: Array, rank: int, *, iterations: int = 100, seed: int = 0) -> 
     Raises:
       ImportError: without tensorly, whose NumPy backend does it (its JAX backend would turn on float64 for the whole process).
     """
-    _check_rank(rank)
+    check_integer("rank", rank, 1, "a number of terms")
+    check_integer("iterations", iterations, 1, "a number of sweeps")
+    dense = check_array("dense", dense, "a dense kernel (n_1, ..., n_d)", modes=2, floating=True)
     try:
         import tensorly
         from tensorly.decomposition import parafac
@@ -192,6 +210,15 @@ def cp_als(dense: Array, rank: int, *, iterations: int = 100, seed: int = 0) -> 
     return CPTensor(tuple(jnp.asarray(factor, dense.dtype) for factor in balanced))
 
 
-def _check_rank(rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"rank={rank} must be 1 or more")
+def _check_draw(key: Any, shape: Any, rank: Any, norm: Any, dtype: Any) -> None:
+    check_key("key", key)
+    check_shape(shape)
+    check_integer("rank", rank, 1, "a number of terms")
+    check_dtype("dtype", dtype)
+    if not isinstance(norm, jax.Array):
+        check_number("norm", norm, "a number, the kernel's Frobenius norm")
+
+
+def _check_kernel(kernel: Any) -> None:
+    if not is_cp(kernel):
+        raise ValueError(f"kernel is {shown(kernel)}: expected a CPTensor, of a dense kernel cp_als makes one")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_input, check_integers, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, resolve_input
 from tdlrt_jax.frame import Frame
@@ -62,7 +63,11 @@ def matrix_conv(
 
     Source: Schotthöfer, Zangrando, Kusch, Ceruti & Tudisco (2022), as the paper compares with it in section 4.
     """
-    window = tuple(window)
+    window = check_integers("window", window, 1, what="sizes, one a spatial dimension")
+    x = check_input("x", x)
+    check_precision("precision", precision)
+    if not isinstance(kernel, TuckerTensor | Frame):
+        raise ValueError(f"kernel is {shown(kernel)}: expected a TuckerTensor or Frame (prod(window) * in, out)")
     factors = kernel.U if isinstance(kernel, Frame) else kernel.factors
     if len(factors) != 2 or any(factor is None for factor in factors):
         raise ValueError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from tdlrt_jax.arguments import check_callable, check_integer, check_number, check_transformation, shown
 from tdlrt_jax.paths import path_name
 
 __all__ = [
@@ -43,13 +44,15 @@ def weights_of_layers(path: str, leaf: Array) -> bool:
 def _split(params: Any, prunable: Prunable) -> tuple[Any, Callable[[Any], Any]]:
     """The leaves that are pruned (``None`` elsewhere), and a function that puts others in their place."""
 
+    check_callable("prunable", prunable, "prunable(path, leaf) -> bool")
+
     def select(path: tuple, leaf: Any) -> Any:
         return leaf if prunable(path_name(path), leaf) else None
 
     chosen = jax.tree_util.tree_map_with_path(select, params)
     if not jax.tree.leaves(chosen):
         raise ValueError(
-            "prunable selects no leaf of params: it is called with a path such as 'conv1/kernel' and the leaf"
+            "prunable selects no leaf of params: it must be true of some, called with a path such as 'conv1/kernel' and the leaf"
         )
 
     def merge(weights: Any) -> Any:
@@ -77,6 +80,7 @@ def snip_scores(loss_fn: Callable[..., Array], params: Any, *batch: Any, prunabl
 
     Source: Lee, Ajanthan & Torr (2019).
     """
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
     weights, merge = _split(params, prunable)
     grads = jax.grad(lambda weights: loss_fn(merge(weights), *batch))(weights)
     scores = jax.tree.map(lambda g, w: jnp.abs(g * w), grads, weights)
@@ -100,6 +104,7 @@ def grasp_scores(
 
     Source: Wang, Zhang & Grosse (2020); their score to prune by is its negative.
     """
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
     weights, merge = _split(params, prunable)
     gradient = jax.grad(lambda weights: loss_fn(merge(weights), *batch))
     _, hessian_gradient = jax.jvp(gradient, (weights,), (gradient(weights),))
@@ -131,16 +136,20 @@ def masks_from_scores(scores: Any, density: float, *, within: Any = None) -> Any
       >>> masks_from_scores({"w": jnp.array([3.0, 1.0, 2.0, 0.0]), "b": None}, 0.5)["w"].tolist()
       [True, False, True, False]
     """
-    if not 0 < density <= 1:
+    if not 0 < check_number("density", density, "the part of the weights to keep, above 0 and at most 1") <= 1:
         raise ValueError(f"density={density}: expected the part of the weights to keep, above 0 and at most 1")
     leaves, treedef = jax.tree.flatten(scores)
+    if not leaves:
+        raise ValueError("scores has no arrays: expected one for every leaf that is pruned")
     flat = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
     count = max(1, round(density * flat.size))
     if within is not None:
+        if [jnp.shape(leaf) for leaf in jax.tree.leaves(within)] != [leaf.shape for leaf in leaves]:
+            raise ValueError("within has other shapes than scores: expected masks that were made of such scores")
         allowed = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(within)])
         if count > int(jnp.sum(allowed)):
             raise ValueError(
-                f"density={density} is above that of the masks to stay within, {float(jnp.mean(allowed)):.6f}"
+                f"density={density} is above that of the masks to stay within: expected at most {float(jnp.mean(allowed)):.6f}"
             )
         flat = jnp.where(allowed, flat, -jnp.inf)
     kept = jnp.argsort(-flat, stable=True)[:count]
@@ -155,16 +164,26 @@ def masks_from_scores(scores: Any, density: float, *, within: Any = None) -> Any
 def density_of(masks: Any) -> float:
     """The part of the weights that masks keep; ``1 - density_of(masks)`` is the compression of the pruned leaves."""
     leaves = jax.tree.leaves(masks)
+    if not leaves:
+        raise ValueError(f"masks={shown(masks)} has no arrays: expected those of masks_from_scores")
     return float(sum(jnp.sum(leaf) for leaf in leaves)) / sum(leaf.size for leaf in leaves)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
     """``tree`` with zeros where the masks are False; leaves without a mask as they are."""
+
+    def is_none(node: Any) -> bool:
+        return node is None
+
+    if jax.tree.structure(masks, is_leaf=is_none) != jax.tree.structure(tree, is_leaf=is_none):
+        raise ValueError(
+            "masks has another structure than the tree: expected a mask, or None, for every leaf of the parameters"
+        )
     return jax.tree.map(
         lambda mask, leaf: leaf if mask is None else jnp.where(mask, leaf, 0).astype(leaf.dtype),
         masks,
         tree,
-        is_leaf=lambda node: node is None,
+        is_leaf=is_none,
     )
 
 
@@ -189,6 +208,7 @@ def pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTra
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [0.8999999761581421, 0.0]
     """
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> PrunedState:
@@ -235,8 +255,10 @@ def iterative_magnitude_pruning(
 
     Source: Frankle & Carbin (2019); with rewinding to an early iteration Frankle et al. (2020).
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be 1 or more")
+    check_callable("train", train, "train(round) -> parameters")
+    check_integer("rounds", rounds, 1, "a number of removals")
+    if not 0 < check_number("density", density, "the part of the weights that is left, in (0, 1]") <= 1:
+        raise ValueError(f"density={density}: expected the part of the weights that is left, in (0, 1]")
     masks = masks_from_scores(magnitude_scores(rewind, prunable=prunable), 1.0)
     current = PruningRound(rewind, masks, 1.0)
     yield current

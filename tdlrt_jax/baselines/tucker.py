@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from tdlrt_jax.tucker import ModeArray, TuckerTensor
+from tdlrt_jax.tucker import ModeArray, TuckerTensor, check_kernel
 
 __all__ = ["balance"]
 
@@ -31,6 +31,7 @@ def balance(kernel: TuckerTensor) -> TuckerTensor:
 
     Source: spectral initialization (Khodak et al., 2021; section 4.3 of the paper), carried over to a core and its factors.
     """
+    check_kernel(kernel)
     factored = [mode for mode, factor in enumerate(kernel.factors) if factor is not None]
     core = kernel.core
     factors: list[ModeArray] = list(kernel.factors)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from tdlrt_jax.arguments import check_dtype, check_input, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve, sample_pixels
 from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
 from tdlrt_jax.conv.onepass import Application, apply_kernel
@@ -73,8 +75,12 @@ def tucker_conv(
     Source: paper, section 3.1; the plans and the single backward pass are this library's own.
     """
     shape, rank = _shape_and_rank(kernel)
+    x = check_input("x", x)
     _check_channels(x, shape, groups)
     _check_plan(plan, shape, groups)
+    check_precision("precision", precision)
+    if preferred_element_type is not None:
+        check_dtype("preferred_element_type", preferred_element_type)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.result_type(kernel if rank is None else kernel.core))  # type: ignore[union-attr]
 
@@ -138,14 +144,14 @@ def _shape_and_rank(kernel: Any) -> tuple[tuple[int, ...], tuple[int | None, ...
     if not isinstance(kernel, TuckerTensor | Frame):
         if not hasattr(kernel, "ndim") or kernel.ndim < 2:
             raise ValueError(
-                f"kernel must be a TuckerTensor, a Frame or an array (spatial..., in, out), got {kernel!r}"
+                f"kernel must be a TuckerTensor, a Frame or an array (spatial..., in, out), got {shown(kernel)}"
             )
         return tuple(kernel.shape), None
     factors = kernel.U if isinstance(kernel, Frame) else kernel.factors
-    if len(factors) < 2 or kernel.core.ndim != len(factors):
+    if not isinstance(factors, Sequence) or len(factors) < 2 or jnp.ndim(kernel.core) != len(factors):
         raise ValueError(
             f"kernel must have a core of as many dimensions as factors, at least two, got a core of shape "
-            f"{kernel.core.shape} and {len(factors)} factors; map over stacked kernels with jax.vmap"
+            f"{np.shape(kernel.core)} and the factors {shown(factors)}; map over stacked kernels with jax.vmap"
         )
     rank = tuple(None if factor is None else size for size, factor in zip(kernel.core.shape, factors))
     return kernel_shape(kernel), rank
@@ -169,7 +175,7 @@ def _check_channels(x: Array, shape: tuple[int, ...], groups: int) -> None:
 
 
 def _check_plan(plan: str | None, shape: tuple[int, ...], groups: int) -> None:
-    if plan is not None and plan not in PLANS:
+    if plan is not None and (not isinstance(plan, str) or plan not in PLANS):
         raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
     if plan not in (None, "dense") and is_depthwise(shape, groups):
         raise ValueError(f"plan must be 'dense' or None for a depthwise kernel (one in-channel a group), got {plan!r}")

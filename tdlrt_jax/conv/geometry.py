@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 __all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "resolve", "resolve_input"]
@@ -125,10 +126,13 @@ def _per_dimension(name: str, value: int | Sequence[int] | None, spatial: int) -
     if value is None:
         value = 1
     try:
+        if isinstance(value, bool):
+            raise TypeError
         values = (operator.index(value),) * spatial  # type: ignore[arg-type]
     except TypeError:
-        values = tuple(value)  # type: ignore[arg-type]
-    if len(values) != spatial or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        values = tuple(value) if isinstance(value, Sequence) else ()
+    numbers = all(isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= 1 for v in values)
+    if len(values) != spatial or not numbers or not isinstance(value, int | np.integer | Sequence):
         raise ValueError(f"{name} must be a positive integer or {spatial} of them, got {value!r}")
     return values
 

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from tdlrt_jax.arguments import check_integer, check_integers, shown
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, output_size, resolve
 
 __all__ = ["PLANS", "Work", "choose_plan", "count_work", "forward_plan", "plan_for", "streamed_modes", "work_of"]
@@ -75,6 +76,8 @@ _PASSES = 3  # a Work counts the overhead of a training step as that of three fo
 
 def streamed_modes(plan: str) -> tuple[bool, bool]:
     """Whether a plan streams the in-channels and the out-channels."""
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
     return plan in ("factored", "merge_out"), plan in ("factored", "merge_in")
 
 
@@ -204,7 +207,8 @@ def forward_plan(
       >>> forward_plan((3, 3, 256, 256), (3, 3, 250, 250), [(1, 8, 8, 256)])
       'dense'
     """
-    if is_depthwise(tuple(kernel_shape), groups):
+    kernel_shape = check_integers("kernel_shape", kernel_shape, 1, what="sizes (spatial..., in / groups, out)")
+    if is_depthwise(kernel_shape, groups):
         return "dense"
     if not x_shapes:
         return min(PLANS, key=lambda plan: (_stored(plan, kernel_shape, rank, groups), sum(streamed_modes(plan))))
@@ -304,6 +308,17 @@ def _product_work(sizes: Sequence[int], goal: Sequence[int], modes: Sequence[int
     return work
 
 
+def check_rank(name: str, rank: Any) -> tuple[int | None, ...]:
+    """One count a mode, ``None`` for whole modes."""
+    entries = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (0,)
+    try:
+        return tuple(None if entry is None else check_integer(name, entry, 1) for entry in entries)
+    except ValueError:
+        raise ValueError(
+            f"{name}={shown(rank)}: expected one count a mode, 1 or more, or None for a whole mode"
+        ) from None
+
+
 def _layer(
     kernel_shape: Sequence[int],
     rank: Sequence[int | None],
@@ -315,6 +330,10 @@ def _layer(
     input_dilation: int | Sequence[int],
 ) -> tuple[int, tuple[int, ...], Geometry]:
     """Batch, image and geometry of a layer, checked."""
+    kernel_shape = check_integers("kernel_shape", kernel_shape, 1, what="sizes (spatial..., in / groups, out)")
+    rank = check_rank("rank", rank)
+    x_shape = check_integers("x_shape", x_shape, 0, what="sizes (batch..., spatial..., in)")
+    check_integer("groups", groups, 1, "a positive integer")
     spatial = len(kernel_shape) - 2
     if spatial < 0 or len(rank) != len(kernel_shape):
         raise ValueError(
@@ -325,6 +344,8 @@ def _layer(
             f"x_shape must be (batch..., {spatial} spatial dimensions, {kernel_shape[-2] * groups}) for the kernel "
             f"{tuple(kernel_shape)} with groups={groups}, got {tuple(x_shape)}"
         )
+    if kernel_shape[-1] % groups:
+        raise ValueError(f"groups must divide the kernel's {kernel_shape[-1]} output channels, got groups={groups}")
     lead = len(x_shape) - 1 - spatial
     image = tuple(x_shape[lead:-1])
     geometry, border = resolve(

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_input, shown
 from tdlrt_jax.conv.apply import tucker_conv
 from tdlrt_jax.conv.geometry import PaddingLike, resolve
 from tdlrt_jax.frame import Frame
@@ -57,9 +58,15 @@ def tucker_conv_transpose(
       >>> tucker_conv_transpose(jnp.ones((2, 5, 5, 8)), tdlrt_jax.hosvd(weight), strides=2).shape
       (2, 10, 10, 4)
     """
+    x = check_input("x", x)
     if transposed:
         kernel = transpose_kernel(kernel)
-    window = (kernel_shape(kernel) if isinstance(kernel, TuckerTensor | Frame) else kernel.shape)[:-2]
+    window = _check_kernel(kernel)[:-2]
+    if x.ndim <= len(window):
+        raise ValueError(
+            f"x must be (batch..., {len(window)} spatial dimensions, channels) for a kernel with a window {window}, "
+            f"got the shape {x.shape}"
+        )
     image = x.shape[x.ndim - 1 - len(window) : -1]
     geometry, _ = resolve(window, image, strides=strides, dilation=dilation)
     extent = [(k - 1) * d + 1 for k, d in zip(window, geometry.dilation)]
@@ -85,6 +92,17 @@ def tucker_conv_transpose(
         for axis, (size, stride) in enumerate(zip(image, geometry.strides), start=y.ndim - 1 - len(window)):
             y = wrap(y, axis, size * stride, extra_first=not transposed)
     return y
+
+
+def _check_kernel(kernel: Any) -> tuple[int, ...]:
+    """The kernel's shape; raises ``ValueError`` for what is none."""
+    if isinstance(kernel, TuckerTensor | Frame):
+        return kernel_shape(kernel)
+    if not hasattr(kernel, "ndim") or kernel.ndim < 2:
+        raise ValueError(
+            f"kernel must be a TuckerTensor, a Frame or an array (spatial..., in, out), got {shown(kernel)}"
+        )
+    return tuple(kernel.shape)
 
 
 def transposed_padding(extent: int, stride: int, same: bool) -> tuple[int, int]:
@@ -128,6 +146,7 @@ def transpose_kernel(kernel: Any) -> Any:
       >>> bool(jnp.allclose(found, weight[::-1].swapaxes(1, 2), atol=1e-4))
       True
     """
+    _check_kernel(kernel)
     if not isinstance(kernel, TuckerTensor | Frame):
         return jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-1, -2)
     bases = kernel.factors if isinstance(kernel, TuckerTensor) else kernel.U

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.dynamics.tangent import project, tangent_coordinates
 from tdlrt_jax.frame import Frame, lift_all, value_and_grad
 from tdlrt_jax.paths import KernelTree, flatten_kernels
@@ -216,6 +217,7 @@ def _is_moving(node: Any) -> bool:
 
 def _descent(loss_fn: Callable[[Any], Array]) -> Callable[[Any], Any]:
     """``-∇L`` with respect to all leaves."""
+    check_callable("loss_fn", loss_fn, "loss_fn(params) -> loss")
     gradient = jax.grad(loss_fn)
     return lambda params: jax.tree.map(jnp.negative, gradient(params))
 

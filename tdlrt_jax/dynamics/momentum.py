@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_callable, check_number
 from tdlrt_jax.dynamics.flows import Flow, check_full_rank, dense_kernels
 from tdlrt_jax.dynamics.tangent import outside, tangent_to_dense
 from tdlrt_jax.paths import flatten_kernels
@@ -56,6 +57,7 @@ def full_heavy_ball_flow(loss_fn: Callable[[Any], Array], *, friction: float) ->
     Source: the continuous limit of section 3.1's SGD with momentum.
     """
     _check_friction(friction)
+    check_callable("loss_fn", loss_fn, "loss_fn(params) -> loss")
     gradient = jax.grad(loss_fn)
 
     def velocity(state: Rolling) -> Rolling:
@@ -91,6 +93,7 @@ def factor_heavy_ball_flow(loss_fn: Callable[[Any], Array], *, friction: float) 
       >>> [u.shape for u in flow.velocity(state).velocity.factors]
       [(3, 2), (4, 2)]
     """
+    check_callable("loss_fn", loss_fn, "loss_fn(params) -> loss")
     _check_friction(friction)
     gradient = jax.grad(loss_fn)
 
@@ -123,6 +126,8 @@ def dense_velocity(state: Rolling) -> Any:
 
     Source: equation (3).
     """
+    if not isinstance(state, Rolling):
+        raise ValueError(f"state is a {type(state).__name__}: expected a Rolling, of one of this module's flows")
     tree, speeds = flatten_kernels(state.params), flatten_kernels(state.velocity)
     return speeds.replace([tangent_to_dense(kernel, speed) for kernel, speed in zip(tree.kernels, speeds.kernels)])
 
@@ -152,5 +157,5 @@ def _at_rest(params: Any) -> Rolling:
 
 
 def _check_friction(friction: float) -> None:
-    if not friction >= 0:
+    if not check_number("friction", friction, "a number that is not negative") >= 0:
         raise ValueError(f"friction={friction}: expected a number that is not negative, so that no energy is fed in")

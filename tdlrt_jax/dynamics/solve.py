@@ -13,6 +13,7 @@ import numpy as np
 import optimistix
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_number, shown
 from tdlrt_jax.dynamics.flows import Flow
 
 __all__ = ["SOLVERS", "Statistics", "Trajectory", "integrate"]
@@ -81,10 +82,26 @@ def integrate(
       >>> found.params["w"].shape, bool(jnp.allclose(found.params["w"][1], jnp.exp(-1), rtol=1e-3))
       ((2, 3, 4), True)
     """
-    if solver not in SOLVERS:
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow={shown(flow)}: expected a Flow, such as tdlrt_jax.dynamics.full_flow(loss_fn)")
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if not 0 <= check_number(name, tolerance, "a number, 0 or more") < np.inf:
+            raise ValueError(f"{name}={tolerance}: expected a finite number, 0 or more")
+    check_integer("max_steps", max_steps, 1, "a number of steps")
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: expected one of {sorted(SOLVERS)}")
-    at = np.atleast_1d(np.asarray(times, float))
-    if at.ndim != 1 or at.size == 0 or at[0] < 0 or at[-1] <= 0 or np.any(np.diff(at) <= 0):
+    try:
+        at = np.atleast_1d(np.asarray(times, float))
+    except (TypeError, ValueError):
+        raise ValueError(f"times={shown(times)}: expected one time, or ascending ones") from None
+    if (
+        at.ndim != 1
+        or at.size == 0
+        or at[0] < 0
+        or at[-1] <= 0
+        or not np.all(np.isfinite(at))
+        or np.any(np.diff(at) <= 0)
+    ):
         raise ValueError(f"times={at.tolist()} must be positive and ascending (the first one may be 0)")
     state = flow.initial(params)
     dtype = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(state)))

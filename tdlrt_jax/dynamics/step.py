@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.dynamics.solve import solve
 from tdlrt_jax.frame import Frame, lift_all
 from tdlrt_jax.integrators import INTEGRATORS, Augmented, Galerkin, Integrator, Truncation, augment_all, embed
 from tdlrt_jax.paths import KernelTree, flatten_kernels
-from tdlrt_jax.ranks import RankPolicy
+from tdlrt_jax.ranks import RankPolicy, check_policy
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, check_structure, fold, multi_mode_product, unfold
 
 __all__ = ["FlowStepInfo", "flow_step"]
@@ -81,7 +82,10 @@ def flow_step(
 
     Source: Algorithm 1; Theorems 2 and 3 for the exact sub-steps.
     """
-    if integrator not in INTEGRATORS:
+    check_callable("loss_fn", loss_fn, "loss_fn(params, *args) -> loss")
+    if policy is not None:
+        check_policy(policy, 2)
+    if not isinstance(integrator, str) or integrator not in INTEGRATORS:
         raise ValueError(f"integrator={integrator!r} is unknown: expected one of {sorted(INTEGRATORS)}")
     if inner not in ("exact", "euler"):
         raise ValueError(f"inner={inner!r} is unknown: expected 'exact' or 'euler'")

@@ -6,11 +6,23 @@ is ``(dC, dU_i)`` with the gauge ``U_i^T dU_i = 0``, and ``dU_i = dK_i S_i^{-1}`
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.frame import Frame, lift
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, mode_product, multi_mode_product, unfold
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    check_kernel,
+    check_structure,
+    kernel_shape,
+    mode_product,
+    multi_mode_product,
+    unfold,
+)
 
 __all__ = ["chart_coordinates", "chart_to_dense", "project", "tangent_coordinates", "tangent_to_dense"]
 
@@ -37,6 +49,7 @@ def project(kernel: TuckerTensor, dense: Array) -> Array:
     Source: equations (3) and (6).
     """
     frame = lift(kernel)
+    _check_dense(dense, kernel_shape(kernel))
     return chart_to_dense(frame, chart_coordinates(frame, dense))
 
 
@@ -46,6 +59,16 @@ def outside(directions: Array, basis: Array) -> Array:
         inside = jnp.matmul(basis.T, directions, precision=HIGHEST)
         directions = directions - jnp.matmul(basis, inside, precision=HIGHEST)
     return directions
+
+
+def _check_dense(dense: Any, shape: tuple[int, ...]) -> None:
+    if jnp.shape(dense) != shape:
+        raise ValueError(f"dense has shape {jnp.shape(dense)}: expected the kernel's, {shape}")
+
+
+def _check_frame(frame: Any) -> None:
+    if not isinstance(frame, Frame) or frame.Q is None:
+        raise ValueError(f"frame is a {type(frame).__name__}: expected the Frame that tdlrt_jax.lift makes of a kernel")
 
 
 def chart_coordinates(frame: Frame, dense: Array) -> TuckerTensor:
@@ -58,6 +81,8 @@ def chart_coordinates(frame: Frame, dense: Array) -> TuckerTensor:
     Returns:
       ``TuckerTensor(dC, (dK_1, ..., dK_d))`` with the shapes of the kernel's; ``None`` for whole modes.
     """
+    _check_frame(frame)
+    _check_dense(dense, kernel_shape(frame))
     factors: list[ModeArray] = []
     for mode, (u, q) in enumerate(zip(frame.U, frame.Q)):
         if u is None:
@@ -70,6 +95,8 @@ def chart_coordinates(frame: Frame, dense: Array) -> TuckerTensor:
 
 def chart_to_dense(frame: Frame, tangent: TuckerTensor) -> Array:
     """``dC ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i dK_i``: a tangent vector in the chart as a full tensor."""
+    _check_frame(frame)
+    check_kernel(tangent, "tangent")
     dense = multi_mode_product(tangent.core, frame.U)
     for mode, (dk, q) in enumerate(zip(tangent.factors, frame.Q)):
         if dk is not None:
@@ -92,6 +119,8 @@ def tangent_coordinates(kernel: TuckerTensor, dense: Array) -> TuckerTensor:
 
     Source: equations (3) and (7).
     """
+    check_structure(kernel)
+    _check_dense(dense, kernel_shape(kernel))
     factors: list[ModeArray] = []
     for mode, u in enumerate(kernel.factors):
         if u is None:
@@ -118,6 +147,8 @@ def tangent_to_dense(kernel: TuckerTensor, tangent: TuckerTensor) -> Array:
       >>> bool(jnp.allclose(tangent_to_dense(kernel, tangent), project(kernel, direction), atol=1e-5))
       True
     """
+    check_structure(kernel)
+    check_kernel(tangent, "tangent")
     dense = multi_mode_product(tangent.core, kernel.factors)
     for mode, du in enumerate(tangent.factors):
         if du is not None:

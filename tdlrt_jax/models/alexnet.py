@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
 
@@ -64,6 +65,8 @@ class AlexNet(nnx.Module):
         norm: Callable[..., Any] | None = nnx.BatchNorm,
         rngs: nnx.Rngs,
     ):
+        check_rngs("rngs", rngs)
+        check_integer("num_classes", num_classes, 1, "a number of outputs")
         if min(input_shape) < _DOWNSAMPLING:
             raise ValueError(
                 f"input_shape={tuple(input_shape)} is too small for AlexNet: expected {_DOWNSAMPLING} pixels or more"

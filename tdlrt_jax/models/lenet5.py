@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.pooling import max_pool
 
 __all__ = ["LeNet5"]
@@ -52,6 +53,8 @@ class LeNet5(nnx.Module):
         classifier: Callable[..., Any] = nnx.Linear,
         rngs: nnx.Rngs,
     ):
+        check_rngs("rngs", rngs)
+        check_integer("num_classes", num_classes, 1, "a number of outputs")
         height, width = (((size - 4) // 2 - 4) // 2 for size in input_shape)
         if height < 1 or width < 1:
             raise ValueError(

@@ -7,6 +7,8 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.arguments import check_array, check_integer
+
 __all__ = ["max_pool"]
 
 
@@ -29,6 +31,10 @@ def max_pool(x: Array, window: int = 2) -> Array:
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, ..., 0].tolist()
       [[5.0, 7.0], [13.0, 15.0]]
     """
+    x = check_array("x", x, "an array (batch..., H, W, channels)")
+    check_integer("window", window, 1, "the side of a window")
+    if x.ndim < 3:
+        raise ValueError(f"x has shape {x.shape}: expected (batch..., H, W, channels)")
     *lead, height, width, channels = x.shape
     rows, columns = height // window, width // window
     x = x[..., : rows * window, : columns * window, :].reshape(*lead, rows, window, columns, window, channels)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.width import scaled
 
 __all__ = ["BasicBlock", "ResNet18"]
@@ -42,6 +43,8 @@ class BasicBlock(nnx.Module):
         norm: Callable[..., Any] = nnx.BatchNorm,
         rngs: nnx.Rngs,
     ):
+        check_rngs("rngs", rngs)
+        check_integer("stride", stride, 1)
         strides = (stride, stride)
         window: dict[str, Any] = {"kernel_size": (3, 3), "padding": 1, "use_bias": False, "rngs": rngs}
         self.conv1 = conv(in_features, out_features, strides=strides, **window)
@@ -102,6 +105,8 @@ class ResNet18(nnx.Module):
         norm: Callable[..., Any] = nnx.BatchNorm,
         rngs: nnx.Rngs,
     ):
+        check_rngs("rngs", rngs)
+        check_integer("num_classes", num_classes, 1, "a number of outputs")
         del input_shape  # global pooling takes any
         channels = scaled(BLOCKS[0][0], width)
         self.stem = conv(input_channels, channels, kernel_size=(3, 3), padding=1, use_bias=False, rngs=rngs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
 
@@ -61,6 +62,8 @@ class VGG16(nnx.Module):
         norm: Callable[..., Any] = nnx.BatchNorm,
         rngs: nnx.Rngs,
     ):
+        check_rngs("rngs", rngs)
+        check_integer("num_classes", num_classes, 1, "a number of outputs")
         smallest = 2 ** len(STAGES)
         if min(input_shape) < smallest:
             raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from tdlrt_jax.arguments import shown
 from tdlrt_jax.capacity import resize
 from tdlrt_jax.initialization import compiled_hosvd, initial_kernel, kernel_rank
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init, padding_of_flax
@@ -145,6 +146,9 @@ def densify(model: Any) -> Any:
       >>> densify(layer).kernel.shape
       (6, 4)
     """
+
+    if not _layer_paths(model) and not list(nnx.iter_graph(model, graph=True))[1:]:
+        raise ValueError(f"model is {shown(model)}: expected an nnx.Module, or a pytree of modules")
 
     def convert(path: str, layer: Any) -> Callable[[], Any] | None:
         if type(layer) not in OF_TUCKER:

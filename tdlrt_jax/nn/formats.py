@@ -13,11 +13,19 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import DTypeLike
 
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral
 from tdlrt_jax.baselines.matrix import matrix_conv
 from tdlrt_jax.conv.geometry import PaddingLike
 from tdlrt_jax.initialization import Rank, initial_kernel
-from tdlrt_jax.nn.layers import compute_inputs, default_bias_init, default_kernel_init, hashable
+from tdlrt_jax.nn.layers import (
+    check_geometry,
+    check_layer,
+    compute_inputs,
+    default_bias_init,
+    default_kernel_init,
+    hashable,
+)
 from tdlrt_jax.tucker import TuckerTensor
 
 __all__ = ["CPConv", "MatrixConv"]
@@ -47,9 +55,13 @@ class _Convolution(nnx.Module):
         rank: Any,
         initialization: Any,
     ):
+        self.kernel_size = check_layer(
+            in_features, out_features, kernel_size, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs
+        )
+        check_geometry(self.kernel_size, strides=strides, padding=padding, kernel_dilation=kernel_dilation)
+        check_callable("kernel_init", kernel_init, "kernel_init(key, shape, dtype) -> weights")
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.strides = hashable(strides)
         self.padding = hashable(padding)
         self.kernel_dilation = hashable(kernel_dilation)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array, lax
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from tdlrt_jax.conv import tucker_conv, tucker_linear
-from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
+from tdlrt_jax.arguments import (
+    check_callable,
+    check_dtype,
+    check_input,
+    check_integer,
+    check_integers,
+    check_rngs,
+    shown,
+)
+from tdlrt_jax.conv import PLANS, tucker_conv, tucker_linear
+from tdlrt_jax.conv.geometry import PaddingLike, resolve, resolve_input
 from tdlrt_jax.initialization import Rank, initial_kernel
 from tdlrt_jax.tucker import TuckerTensor, to_dense
 
@@ -104,15 +115,25 @@ class TuckerConv(nnx.Module):
         initialization: str | Callable[..., TuckerTensor] = "dense",
         plan: str | None = None,
     ):
-        kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        kernel_size = check_layer(
+            in_features, out_features, kernel_size, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs
+        )
+        check_plan(plan)
+        check_integer("feature_group_count", feature_group_count, 1, "a number of groups")
+        check_geometry(
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            input_dilation=input_dilation,
+        )
         if feature_group_count < 1 or in_features % feature_group_count or out_features % feature_group_count:
             raise ValueError(
                 f"feature_group_count={feature_group_count} must divide in_features={in_features} and "
                 f"out_features={out_features}"
             )
         self.kernel_shape = (*kernel_size, in_features // feature_group_count, out_features)
-        if mask is not None and jnp.shape(mask) != self.kernel_shape:
-            raise ValueError(f"mask has shape {jnp.shape(mask)}: expected the kernel's, {self.kernel_shape}")
+        check_mask(mask, self.kernel_shape)
         kernel = initial_kernel(
             rngs.params(),
             self.kernel_shape,
@@ -254,6 +275,8 @@ class TuckerLinear(nnx.Module):
         initialization: str | Callable[..., TuckerTensor] = "dense",
         plan: str | None = None,
     ):
+        check_layer(in_features, out_features, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs)
+        check_plan(plan)
         kernel = initial_kernel(
             rngs.params(),
             (in_features, out_features),
@@ -307,8 +330,64 @@ class TuckerLinear(nnx.Module):
         return y if bias is None else y + bias
 
 
+def check_layer(
+    in_features: Any,
+    out_features: Any,
+    kernel_size: Any = (),
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    bias_init: Any,
+    rngs: Any,
+) -> tuple[int, ...]:
+    """Raises ``ValueError`` for what no layer can be made of, naming the argument; returns the kernel's spatial shape."""
+    check_integer("in_features", in_features, 1, "a number of channels")
+    check_integer("out_features", out_features, 1, "a number of channels")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    check_dtype("param_dtype", param_dtype)
+    check_callable("bias_init", bias_init, "bias_init(key, shape, dtype) -> array")
+    check_rngs("rngs", rngs)
+    if isinstance(kernel_size, int | np.integer):
+        kernel_size = (kernel_size,)
+    if isinstance(kernel_size, Sequence) and not kernel_size:
+        return ()
+    return check_integers("kernel_size", kernel_size, 1, what="sizes, one a spatial dimension")
+
+
+def check_geometry(kernel_size: tuple[int, ...], *, transposed: bool = False, **options: Any) -> None:
+    """Raises ``ValueError`` for strides, padding or dilations that no image makes sense of, by the layer's names for them."""
+    if transposed and isinstance(options["padding"], str) and options["padding"] not in ("SAME", "VALID", "CIRCULAR"):
+        raise ValueError(f"padding={options['padding']!r}: expected SAME, VALID, CIRCULAR, an integer or pairs")
+    dilation = options.pop("kernel_dilation")
+    try:
+        resolve(kernel_size, (1,) * len(kernel_size), dilation=dilation, **options)
+    except ValueError as error:
+        raise ValueError(re.sub(r"^dilation ", "kernel_dilation ", str(error))) from None
+
+
+def check_plan(plan: Any) -> None:
+    """Raises ``ValueError`` for an unknown plan."""
+    if plan is not None and (not isinstance(plan, str) or plan not in PLANS):
+        raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
+
+
+def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless a mask is an array of the kernel's shape."""
+    if mask is not None and (not hasattr(mask, "dtype") or jnp.shape(mask) != shape):
+        raise ValueError(f"mask is {shown(mask)}: expected an array of the kernel's shape, {shape}")
+
+
 def compute_inputs(layer: Any, inputs: Array, kernel: Any, bias: Array | None) -> tuple[Array, Array | None]:
     """Input and bias of an nnx layer in the dtype of the computation; kernels are formed in their own and cast after that."""
+    inputs = check_input("inputs", inputs)
+    if (
+        inputs.ndim == 0
+        or inputs.shape[-1] != layer.in_features
+        or inputs.ndim <= len(getattr(layer, "kernel_size", ()))
+    ):
+        spatial = "spatial..., " if hasattr(layer, "kernel_size") else ""
+        raise ValueError(f"inputs have shape {inputs.shape}: expected (batch..., {spatial}{layer.in_features})")
     inputs, _, bias = layer.promote_dtype((inputs, stand_in(kernel, layer.param_dtype), bias), dtype=layer.dtype)
     return inputs, bias
 

@@ -21,6 +21,7 @@ from flax.core.meta import AxisMetadata
 from jax import Array
 from jax.typing import DTypeLike
 
+from tdlrt_jax.arguments import check_mapping, shown
 from tdlrt_jax.conv import tucker_conv, tucker_conv_transpose, tucker_linear
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.nn.convert import kernel_from_rule
@@ -66,6 +67,7 @@ def tuckerize_params(params: Mapping[str, Any], rules: Mapping[str, Any], *, key
       >>> apply(model, {"params": params}, jnp.ones((1, 6, 6, 3))).shape
       (1, 6, 6, 2)
     """
+    check_mapping("params", params, "variables['params'] of a linen model")
     parsed = parse_rules(rules)
     layers: list[str] = []
     _map_layers(params, lambda path, layer: layers.append(path))
@@ -108,6 +110,8 @@ def densify_params(params: Mapping[str, Any], *, dtype: DTypeLike | None = None)
       (3, 4)
     """
 
+    check_mapping("params", params, "variables['params'] of a linen model")
+
     def convert(path: str, layer: Mapping[str, Any]) -> Any:
         if not is_kernel(layer[KERNEL]):
             return None
@@ -144,6 +148,9 @@ def apply(module: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs:
       >>> grads["kernel"].core.shape
       (2, 2)
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module is {shown(module)}: expected a linen module")
+    check_mapping("variables", variables, "of collections, params among them")
     try:
         with nn.intercept_methods(tucker_interceptor):
             return module.apply(variables, *args, **kwargs)

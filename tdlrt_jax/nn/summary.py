@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tdlrt_jax.arguments import shown
 from tdlrt_jax.conv.geometry import resolve
 from tdlrt_jax.conv.transposed import transposed_padding
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
@@ -60,7 +61,15 @@ def summarize(model: Any, example: Any = None, *, device: str | None = None) -> 
                 f"example is given with a {type(model).__name__}: multiply-adds need the nnx.Module itself, which says "
                 "how its layers are called; leave example out to count parameters"
             )
-        return summarize_params(_parameters_of(model))
+        parameters = _parameters_of(model)
+        leaves = jax.tree.leaves(parameters)
+        if (
+            not leaves
+            or any(leaf is parameters for leaf in leaves)
+            or not all(hasattr(leaf, "dtype") for leaf in leaves)
+        ):
+            raise ValueError(f"model is {shown(model)}: expected an nnx.Module, or a pytree of parameters")
+        return summarize_params(parameters)
     found = layers_with_kernels(model)
     inputs = None if example is None else record_inputs(model, example)
     order = list(found) if inputs is None else [*inputs, *(path for path in found if path not in inputs)]
@@ -144,6 +153,12 @@ def record_inputs(model: nnx.Module, example: Any) -> dict[tuple, list[tuple[int
       model: traced as a copy, so that nothing of it changes.
       example: as in :func:`summarize`.
     """
+    arguments = example if isinstance(example, tuple) else (example,)
+    for leaf in jax.tree.leaves(arguments):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float | complex):
+            raise ValueError(
+                f"example has the part {shown(leaf)}: expected arrays or jax.ShapeDtypeStructs, the model's inputs"
+            )
     graphdef, state = nnx.split(model, graph=True)
     calls: dict[tuple, list[tuple[int, ...]]] = {}
 
@@ -156,7 +171,10 @@ def record_inputs(model: nnx.Module, example: Any) -> dict[tuple, list[tuple[int
             module._recorder = _Recorder(path, calls)
         return _arrays(copied(*arguments))
 
-    jax.eval_shape(trace, state, example if isinstance(example, tuple) else (example,))
+    try:
+        jax.eval_shape(trace, state, arguments)
+    except ValueError as error:
+        raise ValueError(f"the model does not take the example that was given: {error}") from error
     return calls
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 import tdlrt_jax.frame
 import tdlrt_jax.optimizer
 from tdlrt_jax import status as flags
+from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.step import StepInfo, combined_status, report, vetoed
@@ -57,6 +58,11 @@ def _functional(loss_fn: Callable[..., Any], model: Any, wrt: Any, has_aux: bool
     return Functional(loss, nnx.as_pure(variables), rest, rewrap)
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model is {shown(model)}: expected an nnx.Module")
+
+
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param) -> Callable[..., Any]:
     """``nnx.value_and_grad`` in the model, with the gradients of Theorem 1 for its Tucker kernels.
 
@@ -85,7 +91,10 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
     Source: Theorem 1, equation (8).
     """
 
+    check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
+
     def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_model(model)
         parts = _functional(loss_fn, model, wrt, has_aux)
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
         (value, (rest, aux)), grads = gradient(parts.params, *args, **kwargs)
@@ -133,7 +142,10 @@ def value_and_grad_fn(
       to optax, without Variables.
     """
 
+    check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
+
     def fix(model: Any, *args: Any, **kwargs: Any) -> Callable[[Any], tuple[Any, Any]]:
+        _check_model(model)
         parts = _functional(loss_fn, model, wrt, has_aux)
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
 
@@ -218,8 +230,15 @@ def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callabl
       True
     """
 
+    check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
+
     @nnx.jit
     def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
+        _check_model(model)
+        if not isinstance(optimizer, nnx.Optimizer):
+            raise ValueError(
+                f"optimizer is {shown(optimizer)}: expected an nnx.Optimizer(model, tdlrt(...), wrt=nnx.Param)"
+            )
         wrt = optimizer.wrt
         rest = nnx.as_pure(_split(model, wrt)[2])
         ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)

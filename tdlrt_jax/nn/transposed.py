@@ -16,6 +16,10 @@ from tdlrt_jax.conv.geometry import PaddingLike
 from tdlrt_jax.initialization import Rank, initial_kernel
 from tdlrt_jax.nn.layers import (
     NO_METADATA,
+    check_geometry,
+    check_layer,
+    check_mask,
+    check_plan,
     compute_inputs,
     default_bias_init,
     default_kernel_init,
@@ -82,11 +86,14 @@ class TuckerConvTranspose(nnx.Module):
         initialization: str | Callable[..., TuckerTensor] = "dense",
         plan: str | None = None,
     ):
-        kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        kernel_size = check_layer(
+            in_features, out_features, kernel_size, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs
+        )
+        check_plan(plan)
+        check_geometry(kernel_size, transposed=True, strides=strides, padding=padding, kernel_dilation=kernel_dilation)
         channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel_shape = (*kernel_size, *channels)
-        if mask is not None and jnp.shape(mask) != self.kernel_shape:
-            raise ValueError(f"mask has shape {jnp.shape(mask)}: expected the kernel's, {self.kernel_shape}")
+        check_mask(mask, self.kernel_shape)
         kernel = initial_kernel(
             rngs.params(),
             self.kernel_shape,

@@ -1,0 +1,76 @@
+"""Public names without wrong calls of their own, by reason; all others have some in the tables."""
+
+_NODE = "a NamedTuple, a node of pytrees that also holds masks, labels and shapes: what works on it checks it"
+_ANSWER = "made by the package, to be read"
+_ASKS = "answers for any object"
+_INNER = "a part of the step: its arguments are those of kernels that tdlrt has checked"
+_CHECKED = "given a geometry that resolve has checked"
+_DERIVED = "computed from a model that the caller has checked"
+_CHECKER = "a check itself, with the argument's name as an argument: tests/errors shows it through its callers"
+_RAISED = "an error to be raised"
+
+REASONS = {
+    _NODE: (
+        *("tucker.TuckerTensor", "frame.Frame", "ranks.RankPolicy", "baselines.cp.CPTensor", "paths.KernelTree"),
+        *("conv.geometry.Geometry", "conv.onepass.Tap", "conv.onepass.Application", "conv.onepass.Applied"),
+        *("dynamics.flows.Flow", "dynamics.flows.MovingFrame", "dynamics.momentum.Rolling", "budget.Plan"),
+    ),
+    _ANSWER: (
+        *("step.StepInfo", "optimizer.TdlrtState", "baselines.pruning.PrunedState", "baselines.pruning.PruningRound"),
+        *("conv.plans.Work", "dynamics.step.FlowStepInfo", "dynamics.solve.Statistics", "dynamics.solve.Trajectory"),
+        *("report.LayerSummary", "report.Summary", "report.Total", "truncation.Truncated", "budget.BudgetState"),
+        "galerkin.SecondGradient",
+    ),
+    _ASKS: (
+        *("tucker.is_tucker", "baselines.cp.is_cp", "baselines.pruning.weights_of_layers", "arguments.shown"),
+        *("rules.rule_for", "rules.layer_path", "paths.path_name", "paths.flatten_kernels"),
+    ),
+    _INNER: (
+        *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
+        *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
+        *("network.look_plain", "ranks.choose_rank", "ranks.tails", "ranks.thresholds", "rotation.khatri_rao"),
+        *(
+            "rotation.principal_rotation",
+            "rotation.randomized_rotation",
+            "rotation.sketch_size",
+            "batching.map_batched",
+        ),
+        *("transport.Moment", "transport.embed_moment", "transport.find_moments", "transport.transport"),
+        *("transport.transport_moment", "transport.transport_squares", "transport.turn_moment"),
+        *(f"integrators.augmentation.{n}" for n in ("Augmented", "augment", "augment_all", "embed", "unchanged")),
+        *("integrators.augmentation.augmented_width", "integrators.augmentation.new_directions"),
+        *(f"integrators.base.{n}" for n in ("Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors")),
+    ),
+    _CHECKED: (
+        *("conv.convolution.convolve", "conv.convolution.sample_pixels", "conv.geometry.output_size"),
+        *(
+            "conv.geometry.pad_border",
+            "conv.plans.plan_for",
+            "conv.plans.work_of",
+            "conv.transposed.transposed_padding",
+        ),
+    ),
+    _DERIVED: (
+        *(
+            "nn.convert.kernel_from_rule",
+            "nn.linen.tucker_interceptor",
+            "nn.modules.children",
+            "nn.modules.replace_modules",
+        ),
+        *(
+            "nn.plain.inference_function",
+            "nn.summary.counted_kernel",
+            "nn.summary.geometry_of",
+            "nn.summary.module_path",
+        ),
+        *("nn.summary.layers_with_kernels", "nn.summary.record_inputs", "models.resnet18.BasicBlock"),
+        *("programs.called_targets", "programs.check_program"),
+    ),
+    _CHECKER: (
+        *(f"arguments.check_{n}" for n in ("array", "callable", "concrete", "dtype", "input", "integer", "integers")),
+        *(f"arguments.check_{n}" for n in ("key", "mapping", "number", "path", "precision", "rngs", "shape")),
+        "arguments.check_transformation",
+    ),
+    _RAISED: ("checkpoint.DamagedError",),
+}
+EXEMPT = {name: reason for reason, names in REASONS.items() for name in names}
