@@ -9,7 +9,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tdlrt-installed
 
-.PHONY: help setup train show benchmark peers onnx notebooks docs test properties lint format types clean
+.PHONY: help setup train show benchmark peers onnx notebooks docs test kills soak compatibility gpu properties lint format types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +48,18 @@ test: $(STAMP) ## run the tests; ARGS="-k data" passes options to pytest
 
 properties: $(STAMP) ## ten thousand and more random cases, hours; goes on where it was stopped, ARGS=--fresh begins anew
 	$(BIN)/python scripts/properties.py $(ARGS)
+
+kills: $(STAMP) ## kill runs at random moments, 50 times, and compare how they end; ARGS=--help lists the options
+	$(BIN)/python -m reliability.kills --output reliability/results/kills.json $(ARGS)
+
+soak: $(STAMP) ## train for an hour while ranks and capacities move, and look for what grows
+	$(BIN)/python -m reliability.soak --output reliability/results/soak.json $(ARGS)
+
+compatibility: $(STAMP) ## the tests on the oldest and the newest versions and Pythons, hours; goes on where it was stopped
+	$(BIN)/python -m reliability.compatibility $(ARGS)
+
+gpu: $(STAMP) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

@@ -220,9 +220,12 @@ class OptimizerConfig:
     """Images a step. What the last whole batch of an epoch leaves over is not used in that epoch."""
     epochs: int = 20
     """Passes over the training images."""
+    skip_nonfinite: int = 0
+    """So many steps in a row may be left out because a number in them is not finite; at one more the run stops."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
+        _at_least(self, "skip_nonfinite", 0)
         for name in ("learning_rate", "clip"):
             _at_least(self, name, 0.0, strict=True)
         _at_least(self, "momentum", 0.0)

@@ -33,7 +33,7 @@ from experiments.records import Sums, network_record, scalars, truncation_record
 from experiments.run_directory import RunDirectory, RunDirectoryError, environment
 from tdlrt_jax import checkpoint
 from tdlrt_jax.capacity import array_bytes
-from tdlrt_jax.status import RANK_AT_CAPACITY
+from tdlrt_jax.status import NOT_ORTHONORMAL, RANK_AT_CAPACITY
 
 __all__ = ["Outcome", "run"]
 
@@ -53,11 +53,11 @@ class Outcome:
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss or a gradient is not finite."""
+    """A step was left out, and no more may be: the loss or a gradient is not finite, or the status says what else it was."""
 
-    def __init__(self, epoch: int, step: int, loss: float):
+    def __init__(self, epoch: int, step: int, loss: float, status: int):
         super().__init__(f"epoch {epoch}, step {step}")
-        self.epoch, self.step, self.loss = epoch, step, loss
+        self.epoch, self.step, self.loss, self.status = epoch, step, loss, status
 
 
 def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console | None = None) -> Outcome:
@@ -219,27 +219,27 @@ class _Job:
         between = (self.config.run.evaluate_every, self.config.run.save_every)
         mark = self._mark()
         try:
-            for step in range(self.sums.steps, self.steps_per_epoch):
+            while (step := self.sums.steps + len(under_way)) < self.steps_per_epoch:
                 heard = self._heard()
                 if self.stop is not None:
                     break
                 self.state, report = self.programs.train(self.state, self.train, order, epoch, np.int32(step))
                 under_way.append((report, heard))
                 if len(under_way) > _AHEAD:
-                    self._read(*under_way.popleft(), display)
+                    self._read(under_way, display)
                 done = self.epoch * self.steps_per_epoch + step + 1
                 evaluate, save = (every is not None and done % every == 0 for every in between)
-                if evaluate or save:
-                    while under_way:
-                        self._read(*under_way.popleft(), display)
-                if evaluate:
-                    self._evaluate_between()
-                if save and step + 1 < self.steps_per_epoch:
-                    self._count_since(mark)
-                    self._save()
-                    mark = self._mark()
+                while under_way and (evaluate or save or step + 1 == self.steps_per_epoch):
+                    self._read(under_way, display)
+                if self.sums.steps == step + 1:  # else steps are to be taken again
+                    if evaluate:
+                        self._evaluate_between()
+                    if save and step + 1 < self.steps_per_epoch:
+                        self._count_since(mark)
+                        self._save()
+                        mark = self._mark()
             while under_way:
-                self._read(*under_way.popleft(), display)
+                self._read(under_way, display)
         finally:
             self._count_since(mark)
         return self.sums.steps == self.steps_per_epoch
@@ -265,18 +265,32 @@ class _Job:
         if self.stop is None and int(number):
             self.stop = signal.Signals(int(number))
 
-    def _read(self, report: StepReport, heard: Any, display: Display) -> None:
-        """Waits for a step and adds its numbers up."""
+    def _read(self, under_way: collections.deque[tuple[StepReport, Any]], display: Display) -> None:
+        """Waits for a step and adds its numbers up, or leaves it out."""
+        report, heard = under_way.popleft()
         loss, hits, finite, status = jax.device_get(report)
         self._hear(heard)
         if not finite:
-            raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, float(loss))
+            self._leave_out(under_way, float(loss), int(status))
+            return
         self.sums.steps += 1
+        self.sums.skipped_in_a_row = 0
         self.sums.loss += float(loss)
         self.sums.correct += int(hits)
         display.step(self.epoch + 1, self._global_step(), float(loss))
         self.sums.pressing_steps += bool(status & RANK_AT_CAPACITY)
         self.status |= int(status)
+
+    def _leave_out(self, under_way: collections.deque[tuple[StepReport, Any]], loss: float, status: int) -> None:
+        """Goes on after a step that changed nothing, if it may; those under way changed nothing either, and are taken again."""
+        if self.sums.skipped_in_a_row >= self.config.optimizer.skip_nonfinite:
+            raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, loss, status)
+        while under_way:
+            self._hear(under_way.popleft()[1])
+        self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
+        self.sums.steps += 1
+        self.sums.skipped += 1
+        self.sums.skipped_in_a_row += 1
 
     def _evaluate_between(self) -> None:
         """A point of the curve of ``--evaluate-every``."""
@@ -302,7 +316,7 @@ class _Job:
             if fitted is not here:
                 self.state = self.devices.replicate(fitted)
             self.status &= ~RANK_AT_CAPACITY
-        self.epoch, self.sums = self.epoch + 1, Sums()
+        self.epoch, self.sums = self.epoch + 1, Sums(skipped_in_a_row=self.sums.skipped_in_a_row)
         if self.pruning is not None and self.pruning.rounds:
             self._close_round(self.pruning)
         self._save()
@@ -323,11 +337,12 @@ class _Job:
 
     def _record(self) -> dict[str, Any]:
         started = time.monotonic()
-        images = self.steps_per_epoch * self.config.optimizer.batch_size
+        taken = max(self.sums.taken, 1)  # where all were left out
+        images = taken * self.config.optimizer.batch_size
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self._global_step(),
-            "train_loss": self.sums.loss / self.steps_per_epoch,
+            "train_loss": self.sums.loss / taken,
             "train_accuracy": self.sums.correct / images,
         }
         for name, images_ in self.held_out.items():
@@ -344,6 +359,7 @@ class _Job:
             # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
             "pressing": full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
             "pressing_steps": self.sums.pressing_steps,
+            "skipped_steps": self.sums.skipped,
             "seconds": self.sums.seconds,
             "evaluation_seconds": time.monotonic() - started,
             "compilations": self.sums.compilations,
@@ -425,15 +441,15 @@ class _Job:
             except checkpoint.DamagedError as error:
                 damaged[step] = error
         if steps and metadata is None:
-            problems = "\n".join(f"  {error}" for error in damaged.values())
+            problems = "\n".join(f"  {problem}" for problem in damaged.values())
             raise RunDirectoryError(
                 f"no checkpoint of {self.directory.path} can be read:\n{problems}\n"
-                f"Start the run anew in another --run-dir. Nothing was changed"
+                "Start the run anew in another --run-dir. Nothing was changed"
             )
         self.devices.wait()  # until all processes have read
-        for step, error in damaged.items():
+        for step, problem in damaged.items():
             aside = f"Kept as {self.directory.put_aside(f'checkpoints/{step}')}" if self.devices.leads else ""
-            self.console.print(f"{error}. {aside}", soft_wrap=True, highlight=False)
+            self.console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
         return metadata
 
     # Ends.
@@ -479,9 +495,13 @@ class _Job:
         # Resumed, the run would meet the same step again and stop there again.
         self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
         self._save()
+        advice.append(f"--skip-nonfinite (it was {self.config.optimizer.skip_nonfinite})")
+        what = f"the loss ({error.loss:g}) or a gradient is not finite"
+        if error.status & NOT_ORTHONORMAL:
+            what = "; ".join(tdlrt_jax.describe_status(error.status))
         self.console.print(
-            f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: the loss ({error.loss:g}) or a "
-            f"gradient is not finite. The last good state is saved in {self.directory.checkpoints}. "
+            f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: {what}. "
+            f"The last good state is saved in {self.directory.checkpoints}. "
             f"Try, in another run directory: {', '.join(advice)}.",
             soft_wrap=True,
             highlight=False,

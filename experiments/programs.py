@@ -21,7 +21,7 @@ import tdlrt_jax
 from experiments.batches import DeviceImages, Transform, evaluation_batches, standardize, training_batch
 from experiments.devices import ONE_DEVICE, Devices
 from experiments.metrics import correct, cross_entropy
-from tdlrt_jax.status import NONFINITE
+from tdlrt_jax.status import SKIPPED
 
 __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"]
 
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     model_state: Any  # BatchNorm statistics, random counters
-    healthy: Array  # bool; False from the first step on that was not finite, and then nothing moves any more
+    healthy: Array  # bool; False from a step on that was left out, and then nothing moves until the host has seen to it
 
 
 class StepReport(NamedTuple):
@@ -44,7 +44,7 @@ class StepReport(NamedTuple):
 
     loss: Array  # float32, mean over the batch
     correct: Array  # int32, of the batch
-    finite: Array  # bool; where not, the state is left as it was before the step, for good
+    finite: Array  # bool; where not, the state is left as it was before the step, and so by the steps after it
     status: Array  # int32, see tdlrt_jax.describe_status
 
 
@@ -166,7 +166,7 @@ def build_programs(
         params, opt_state, model_state, loss, hits, status = advance(
             state.params, state.opt_state, state.model_state, *batch
         )
-        finite = jnp.isfinite(loss) & (status & NONFINITE == 0) & _all_finite(params)
+        finite = jnp.isfinite(loss) & (status & SKIPPED == 0) & _all_finite(params)
         healthy = state.healthy & finite
         after = TrainState(params, opt_state, model_state, healthy)
         # Not a selection leaf by leaf, see tdlrt_jax.optimizer.
@@ -191,7 +191,8 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(step, evaluate, devices, forget=evaluate_batch.clear_cache)
+    forget = evaluate_batch.clear_cache  # type: ignore[attr-defined]  # jax's own types lack it
+    programs = Programs(step, evaluate, devices, forget=forget)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

@@ -23,16 +23,24 @@ class Sums:
     compilations: int = 0
     compile_seconds: float = 0.0
     pressing_steps: int = 0  # steps that reported a rank at its capacity
+    skipped: int = 0  # steps left out, among the others; they have no loss
+    skipped_in_a_row: int = 0  # up to now, those of epochs before included
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # points of --evaluate-every, each with sums
 
     def add_point(self, step: int, batch_size: int, test_loss: float, test_accuracy: float) -> None:
         """A point of the curve over steps: the test images now, and the training images since the last point."""
-        now = {"steps": self.steps, "loss": self.loss, "correct": self.correct}
+        now = {"steps": self.taken, "loss": self.loss, "correct": self.correct}
         before = self.curve[-1]["sums"] if self.curve else dict.fromkeys(now, 0)
         steps, loss, hits = (now[name] - before[name] for name in now)
+        steps = max(steps, 1)  # where all were left out
         train = {"train_loss": loss / steps, "train_accuracy": hits / (steps * batch_size)}
         point = {"step": step, **train, "test_loss": test_loss, "test_accuracy": test_accuracy}
         self.curve.append({**point, "sums": now})
+
+    @property
+    def taken(self) -> int:
+        """Steps that were not left out."""
+        return self.steps - self.skipped
 
     @property
     def points(self) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from tdlrt_jax.tucker import (
     active_rank,
     check_kernel,
     kernel_shape,
+    magnitude,
     parameter_count,
     unfold,
 )
@@ -149,8 +150,7 @@ def mode_energies(core: Array) -> tuple[Array, ...]:
     From the Gram matrices, so they are good to rounding of the largest: enough to share a budget.
     """
     core = core.astype(jnp.promote_types(core.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(core))
-    core = core / jnp.where(largest > 0, largest, 1)
+    core = core / magnitude(core)
     norm = jnp.linalg.norm(core)
     core = core / jnp.where(norm > 0, norm, 1)
 

@@ -317,27 +317,30 @@ def canonicalize(kernel: TuckerTensor) -> TuckerTensor:
 
     Returns:
       A kernel of the same capacities, rotated so that its core is all-orthogonal with slices by descending energy. Directions
-      that carry nothing are dropped.
+      that carry nothing are dropped. The core's dtype stays; factors are float32 at least.
 
     Raises:
       ValueError: for anything but a TuckerTensor whose core and factors fit each other.
     """
     check_kernel(kernel)
-    core = kernel.core
-    fit = all(u is None or (jnp.ndim(u) == 2 and u.shape[1] == n) for n, u in zip(jnp.shape(core), kernel.factors))
-    if jnp.ndim(core) < 2 or jnp.ndim(core) != len(kernel.factors) or not fit:
+    fit = all(
+        u is None or (jnp.ndim(u) == 2 and u.shape[1] == n) for n, u in zip(jnp.shape(kernel.core), kernel.factors)
+    )
+    if jnp.ndim(kernel.core) < 2 or jnp.ndim(kernel.core) != len(kernel.factors) or not fit:
         raise ValueError(
-            f"kernel has a core of shape {jnp.shape(core)} and factors of shapes {[jnp.shape(u) for u in kernel.factors]}: "
+            f"kernel has a core of shape {jnp.shape(kernel.core)} and factors of shapes "
+            f"{[jnp.shape(u) for u in kernel.factors]}: "
             "expected one factor a mode, (n_i, R_i) for a core (R_1, ..., R_d), or None"
         )
+    core = kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32))
     bases: list[ModeArray] = []
     for mode, factor in enumerate(kernel.factors):
         if factor is None:
             bases.append(None)
             continue
-        q, triangular = jnp.linalg.qr(factor)
+        q, triangular = jnp.linalg.qr(factor.astype(jnp.promote_types(factor.dtype, jnp.float32)))
         bases.append(q)
         core = multi_mode_product(core, [triangular if j == mode else None for j in range(core.ndim)])
     cut = truncate(core, 0.0, whole=tuple(u is None for u in kernel.factors))
     factors = [None if q is None else jnp.matmul(q, p, precision=HIGHEST) for q, p in zip(bases, cut.rotations)]
-    return TuckerTensor(cut.core, tuple(factors))
+    return TuckerTensor(cut.core.astype(kernel.core.dtype), tuple(factors))

@@ -138,10 +138,11 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
         lost = sorted(checksums.keys() ^ stored.keys())
         if lost:
             raise _damaged(directory, step, f"{_listed(lost)}: the list of arrays is not the one that was saved")
-        _check_names(where, set(wanted), set(stored))
+        absent = _younger(like) - stored.keys()
+        _check_names(where, set(wanted) - absent, set(stored))
         free = _free_axes(like)
-        for name, leaf in wanted.items():
-            _check_leaf(where, name, leaf, stored[name], free.get(name, {}))
+        for name in wanted.keys() - absent:
+            _check_leaf(where, name, wanted[name], stored[name], free.get(name, {}))
         # As NumPy arrays: a checkpoint written on one kind of device is read on any other.
         arrays = {name: np.zeros(item.shape, item.dtype) for name, item in empty.items()}
         target = {name: np.broadcast_to(np.zeros((), stored[name].dtype), stored[name].shape) for name in filled}
@@ -149,9 +150,10 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
             with _naming_leaves(directory, step, filled):
                 items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
                 arrays |= manager.restore(step, args=items)["arrays"]
-    altered = [name for name in wanted if _checksum(np.asarray(arrays[name])) != checksums[name]]
+    altered = [name for name in stored if _checksum(np.asarray(arrays[name])) != checksums[name]]
     if altered:
         raise _damaged(directory, step, f"{_listed(altered)}: not what was saved")
+    arrays |= {name: np.zeros(_data(wanted[name]).shape, _data(wanted[name]).dtype) for name in absent}
     leaves = [_to_device(np.asarray(arrays[name]), leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), description["metadata"]
 
@@ -330,6 +332,13 @@ def _ranks(tree: Any) -> dict[str, list[int]]:
 
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {path_name(path): np.asarray(active_rank(node)).tolist() for path, node in nodes if is_tucker(node)}
+
+
+def _younger(tree: Any) -> set[str]:
+    """Paths of what checkpoints of earlier versions lack, and that starts as zero: the count of a :class:`TdlrtState`."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, TdlrtState))
+    skipped = jax.tree_util.GetAttrKey("skipped")
+    return {path_name((*path, skipped)) for path, node in nodes if isinstance(node, TdlrtState)}
 
 
 def _is_key(leaf: Any) -> bool:

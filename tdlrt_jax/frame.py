@@ -122,13 +122,17 @@ def lift(kernel: TuckerTensor) -> Frame:
 
 
 def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
-    """:func:`lift` for all kernels of a network, already checked: unfoldings of equal shapes are factorized as one batch."""
+    """:func:`lift` for all kernels of a network, already checked: unfoldings of equal shapes are factorized as one batch.
+
+    Frames are in float32 at least, also where a core is stored in less.
+    """
     modes = [(i, mode) for i, k in enumerate(kernels) for mode, factor in enumerate(k.factors) if factor is not None]
     masks = [active_core(kernel) for kernel in kernels]
+    cores = [kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32)) for kernel in kernels]
     with jax.named_scope("tdlrt.lift"):
         parts = map_batched(
             orthonormal_unfolding,
-            [unfold(kernels[i].core, mode) for i, mode in modes],
+            [unfold(cores[i], mode) for i, mode in modes],
             [unfold(masks[i], mode) for i, mode in modes],
             [kernels[i].factors[mode] for i, mode in modes],
         )
@@ -136,7 +140,7 @@ def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
     K: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     for (i, mode), (q, k) in zip(modes, parts):
         Q[i][mode], K[i][mode] = fold(q, mode, kernels[i].core.shape), k
-    return [Frame(kernel.core, tuple(k), kernel.factors, tuple(q)) for kernel, k, q in zip(kernels, K, Q)]
+    return [Frame(core, tuple(k), kernel.factors, tuple(q)) for kernel, core, k, q in zip(kernels, cores, K, Q)]
 
 
 def chart_point(frame: Frame) -> TuckerTensor:

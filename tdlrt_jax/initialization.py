@@ -336,8 +336,8 @@ def prescribe_spectra(
     fit = all(values is None or np.shape(values) == (size,) for values, size in zip(spectra, core.shape))
     if len(spectra) != core.ndim or not fit:
         raise ValueError(
-            f"spectra have the shapes {[np.shape(values) for values in spectra]}: expected ({', '.join(map(str, core.shape))}) "
-            "values, one sequence a mode, or None"
+            f"spectra have the shapes {[() if values is None else np.shape(values) for values in spectra]}: expected "
+            f"({', '.join(map(str, core.shape))}) values, one sequence a mode, or None"
         )
     for mode, values in enumerate(spectra):
         if values is not None:

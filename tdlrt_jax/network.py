@@ -16,6 +16,7 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame, active_core, chart_point, lift_all
+from tdlrt_jax.inspection import all_finite
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
@@ -30,10 +31,9 @@ from tdlrt_jax.tucker import (
     capacity,
     is_tucker,
     kernel_shape,
-    unfold,
 )
 
-__all__ = ["NetworkStep", "StepOutcome", "look_plain"]
+__all__ = ["NetworkStep", "StepOutcome"]
 
 ValueAndGrad = Callable[[Any], tuple[Any, Any]]
 
@@ -46,6 +46,10 @@ class StepOutcome(NamedTuple):
     rank: list[Array]  # int32 (d,) a kernel
     error: list[Array]  # float32 scalars, relative truncation errors
     pressing: Array  # bool, whether a rank is held down by the size of its arrays
+    finite: Array  # bool, whether the second gradient is; the first is the caller's
+    deviation: (
+        Array  # float32, of the next factors from orthonormal ones, before the correction that they have had since
+    )
     budget: tuple[Any, Array] | None  # a budget's next state, and the tolerance it found
 
 
@@ -96,14 +100,14 @@ class NetworkStep(NamedTuple):
             bases = augment_all(frames, steps)
             points = map_batched(scheme.basis_step, bases, steps)
         if scheme.evaluations == 1:
-            after_last = after_first
+            after_last, finite = after_first, jnp.ones((), bool)
             with jax.named_scope("tdlrt.augment"):
                 increments = map_batched(embed_step, steps, bases)
         else:
             assert value_and_grad_fn is not None
             if scheme.same_network:  # a pass through the network may then be spared, see galerkin
                 value_and_grad_fn = getattr(value_and_grad_fn, "at_same_network", value_and_grad_fn)
-            nodes, after_last = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
+            nodes, after_last, finite = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
             increments = [update.core for update in self.tree.pick(nodes)]
 
         kernels = self.tree.kernels
@@ -128,6 +132,8 @@ class NetworkStep(NamedTuple):
             rank=[m.rank for m in moved],
             error=[m.error.astype(jnp.float32) for m in moved],
             pressing=_any([_pressing(m.bound, k, p) for m, k, p in zip(moved, kernels, policies)]),
+            finite=finite,
+            deviation=jnp.max(jnp.stack([m.deviation.astype(jnp.float32) for m in moved])),
             budget=budget,
         )
 
@@ -150,6 +156,8 @@ class NetworkStep(NamedTuple):
             rank=[active_rank(kernel) for kernel in self.tree.kernels],
             error=[jnp.zeros((), jnp.float32) for _ in frames],
             pressing=jnp.zeros((), bool),
+            finite=jnp.ones((), bool),
+            deviation=jnp.zeros((), jnp.float32),  # the factors stay
             budget=None,
         )
 
@@ -175,11 +183,11 @@ class NetworkStep(NamedTuple):
         bases: list[Augmented],
         points: list[Galerkin],
         value_and_grad_fn: ValueAndGrad,
-    ) -> tuple[list[Any], Any]:
+    ) -> tuple[list[Any], Any, Array]:
         """Line 9: the inner update of the cores, from the same state as the first, at the Galerkin points.
 
-        Leaves that are not kernels take the first gradient, so they move once. The ``K_i`` take no part: as zeros they add
-        nothing to a norm.
+        Also whether their gradients are finite: an inner transformation may hide it. Leaves that are not kernels take the first
+        gradient, so they move once. The ``K_i`` take no part: as zeros they add nothing to a norm.
         """
         at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
         with jax.named_scope("tdlrt.second_gradient"):
@@ -195,7 +203,7 @@ class NetworkStep(NamedTuple):
 
         state = self._map_moments(state, turn, bases, points, still)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
-        return self._inner_update(gradients, core_grads, at_points, state)
+        return *self._inner_update(gradients, core_grads, at_points, state), all_finite(core_grads)
 
     def _frames_after(self, updates: list[TuckerTensor]) -> list[Frame]:
         """The frames at what ``optax.apply_updates`` will make of the kernels.
@@ -264,22 +272,6 @@ class NetworkStep(NamedTuple):
         for moment, result in zip(moments, results):
             nodes[moment.position] = result
         return jax.tree.unflatten(treedef, nodes)
-
-
-def look_plain(frames: list[Frame], grads: list[TuckerTensor]) -> Array:
-    """Whether gradients look like plain factor gradients: those of Theorem 1 satisfy ``U_i^T dK_i = Mat_i(dC) Q_i``."""
-    mismatch = agreement = total = jnp.zeros((), jnp.float32)
-    for frame, grad in zip(frames, grads):
-        for mode, (u, dk, q) in enumerate(zip(frame.U, grad.factors, frame.Q or ())):
-            if u is None or dk is None or q is None:
-                continue
-            inside = jnp.matmul(u.T, dk, precision=HIGHEST)
-            core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
-            mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
-            agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
-            total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
-    # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
-    return (mismatch > 0.25 * agreement) & (mismatch > 1e-4 * total)
 
 
 def _project(grad: TuckerTensor, frame: Frame) -> TuckerTensor:

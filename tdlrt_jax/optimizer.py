@@ -22,8 +22,9 @@ from tdlrt_jax.arguments import check_callable, check_transformation
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import chart_point, lift_all
+from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
-from tdlrt_jax.network import NetworkStep, StepOutcome, look_plain
+from tdlrt_jax.network import NetworkStep, StepOutcome
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.ranks import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.rules import parse_rules
@@ -43,6 +44,7 @@ class TdlrtState(NamedTuple):
     truncation_error: dict[str, Array]  # relative, of the last step
     cumulative_truncation_error: dict[str, Array]  # sum over the steps so far
     status: Array  # int32 bit flags, see tdlrt_jax.describe_status
+    skipped: Array  # int32, calls in a row, up to the last one, that left all as it was; status says why
     budget: Any = ()  # a tdlrt_jax.budget.BudgetState where the tolerance is a Budget
 
 
@@ -93,8 +95,10 @@ def tdlrt(
       A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, **extra)``. ``grads``
       are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
       ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels.
-      ``optax.apply_updates(params, updates)`` gives the next parameters. With a gradient that is not finite, parameters and
-      inner state stay and ``state.status`` says so.
+      ``optax.apply_updates(params, updates)`` gives the next parameters. Where a gradient, the loss (if it is given, as
+      ``value=``), or what would become of the parameters or the inner state is not finite, or where a kernel's factors are not
+      orthonormal, parameters and state stay as they are, ``state.status`` says so and ``state.skipped`` counts: a limit on
+      such steps in a row is the caller's.
 
     Raises:
       ValueError: at once for options that cannot work; from ``init`` for kernels and inner states that cannot.
@@ -147,6 +151,7 @@ def tdlrt(
             truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
             cumulative_truncation_error={name: jnp.zeros((), jnp.float32) for name in tree.names},
             status=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
             budget=budget,
         )
 
@@ -166,8 +171,9 @@ def tdlrt(
             )
         tree = flatten_kernels(params)
         if not tree.positions:  # nothing to integrate: the inner transformation alone
-            updates, inner_state = inner.update(grads, state.inner, params, **extra)
-            return updates, state._replace(step=state.step + 1, inner=inner_state)
+            updates, after = inner.update(grads, state.inner, params, **extra)
+            outcome, finite = _plain_outcome(updates, after, state), all_finite((grads, extra.get("value")))
+            return _accept(outcome, params, state, [], finite=finite, plain=jnp.zeros((), bool))
         if value_and_grad_fn is not None:
             check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
         if scheme.evaluations == 2 and value_and_grad_fn is None:
@@ -191,24 +197,54 @@ def tdlrt(
 
         every_step = adapt_every == 1
         outcome = adaptive() if every_step else jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
-        plain = look_plain(frames, tree.pick(gradients))
-        return _accept(outcome, gradients, plain, state, tree.names)
+        given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])
+        outcome = outcome._replace(deviation=jnp.maximum(outcome.deviation, given))
+        return _accept(
+            outcome,
+            params,
+            state,
+            tree.names,
+            finite=all_finite((gradients, extra.get("value"))),
+            plain=look_plain(frames, tree.pick(gradients)),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:
+    """What a step without kernels proposes."""
+    return StepOutcome(
+        updates=updates,
+        inner=inner,
+        rank=[],
+        error=[],
+        pressing=jnp.zeros((), bool),
+        finite=jnp.ones((), bool),
+        deviation=jnp.zeros((), jnp.float32),
+        budget=(state.budget, state.tolerance),
+    )
+
+
 def _accept(
-    outcome: StepOutcome,
-    gradients: list[Any],
-    plain: Array,
-    state: TdlrtState,
-    names: list[str],
+    outcome: StepOutcome, params: Any, state: TdlrtState, names: list[str], *, finite: Array, plain: Array
 ) -> tuple[Any, TdlrtState]:
-    """The proposed updates and state, or nothing at all where a number is not finite; and the report."""
-    finite = _all_finite((outcome.updates, gradients))
-    status = jnp.where(finite, flags.OK, flags.NONFINITE)
-    status = status | jnp.where(finite & plain, flags.PLAIN_GRADIENTS, flags.OK)
-    status = (status | jnp.where(finite & outcome.pressing, flags.RANK_AT_CAPACITY, flags.OK)).astype(jnp.int32)
+    """The proposed updates and state, or nothing at all where they are not in order; and the report.
+
+    Args:
+      outcome: of the step; its ``deviation`` is also that of the factors that it started from.
+      params: before the step.
+      state: before the step.
+      names: of the kernels.
+      finite: whether what the step was given is.
+      plain: whether the gradients look like plain ones.
+    """
+    # Moments may overflow where updates do not.
+    finite = finite & outcome.finite & adds_up(params, outcome.updates) & stays_finite(state.inner, outcome.inner)
+    orthonormal = outcome.deviation <= ORTHONORMAL
+    accepted = finite & orthonormal
+    status = jnp.where(finite, jnp.where(orthonormal, flags.OK, flags.NOT_ORTHONORMAL), flags.NONFINITE)
+    status = status | jnp.where(accepted & plain, flags.PLAIN_GRADIENTS, flags.OK)
+    status = (status | jnp.where(accepted & outcome.pressing, flags.RANK_AT_CAPACITY, flags.OK)).astype(jnp.int32)
     cumulative = state.cumulative_truncation_error
     assert outcome.budget is not None
     budget, tolerance = outcome.budget
@@ -220,33 +256,48 @@ def _accept(
         truncation_error=dict(zip(names, outcome.error)),
         cumulative_truncation_error={name: cumulative[name] + error for name, error in zip(names, outcome.error)},
         status=status,
+        skipped=jnp.zeros_like(state.skipped),
         budget=budget,
     )
-    kept = state._replace(status=status)
+    kept = left_out(state, status)
     # Not a selection leaf by leaf: XLA would compute the conjunction over all leaves anew in each of them, and a network's step
     # took minutes to compile.
     return jax.lax.cond(
-        finite,
+        accepted,
         lambda: (outcome.updates, proposed),
-        lambda: (jax.tree.map(jnp.zeros_like, outcome.updates), kept),
+        lambda: (no_updates(outcome.updates), kept),
     )
 
 
-def _all_finite(tree: Any) -> Array:
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack(checks))
+def no_updates(updates: Any) -> Any:
+    """Updates that change nothing: negative zeros, since a positive one would make a positive one of a negative zero."""
+    return jax.tree.map(lambda update: -jnp.zeros_like(update), updates)
+
+
+def left_out(state: TdlrtState, status: Any) -> TdlrtState:
+    """The state after a step that changes nothing."""
+    return state._replace(status=jnp.asarray(status, jnp.int32), skipped=state.skipped + 1)
 
 
 def _check_kernel(name: str, kernel: TuckerTensor) -> None:
     """Raises ``ValueError`` for a kernel that is not a Tucker tensor in this library's sense; eager values only."""
     check_structure(kernel, name)
-    for leaf in jax.tree.leaves(kernel):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.finfo(leaf.dtype).bits < 32:
-            raise ValueError(
-                f"kernel {name!r} has dtype {leaf.dtype}: cores and factors must be float32 or wider (layers may compute in less)"
-            )
+    if not jnp.issubdtype(kernel.core.dtype, jnp.floating) or jnp.finfo(kernel.core.dtype).bits < 16:
+        raise ValueError(
+            f"kernel {name!r}: its core has dtype {kernel.core.dtype}, expected a floating one of 16 bits or more"
+        )
+    if not isinstance(kernel.core, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(kernel.core))):
+        raise ValueError(f"kernel {name!r}: its core has entries that are not finite")
     for mode, factor in enumerate(kernel.factors):
-        if factor is None or isinstance(factor, jax.core.Tracer):
+        if factor is None:
+            continue
+        if not jnp.issubdtype(factor.dtype, jnp.floating) or jnp.finfo(factor.dtype).bits < 32:
+            raise ValueError(
+                f"kernel {name!r}: factor {mode} has dtype {factor.dtype}: factors are float32 or wider, since rounded ones are "
+                "not orthonormal (the core may be narrower, and layers may compute in less). tdlrt_jax.canonicalize(kernel) "
+                "makes them so"
+            )
+        if isinstance(factor, jax.core.Tracer):
             continue
         u = np.asarray(factor, np.float64)
         active = np.any(u != 0, axis=0)
@@ -256,7 +307,7 @@ def _check_kernel(name: str, kernel: TuckerTensor) -> None:
                 "at least one. tdlrt_jax.canonicalize(kernel) makes it so"
             )
         error = np.abs(u.T @ u - np.diag(active)).max()
-        if not error < 1e-3:
+        if not error <= ORTHONORMAL:
             raise ValueError(
                 f"kernel {name!r}: factor {mode} is not orthonormal (largest deviation {error:.1e}). "
                 "tdlrt_jax.canonicalize(kernel) makes it so without changing the tensor"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.tucker import HIGHEST
+from tdlrt_jax.tucker import HIGHEST, magnitude
 
 __all__ = ["ALL_ROUNDS", "khatri_rao", "principal_rotation", "randomized_rotation", "sketch_size"]
 
@@ -50,8 +50,8 @@ def principal_rotation(
 
     def rotate(carry: tuple) -> tuple:
         round_, vectors, rows, selected, exists = carry
-        largest = jnp.max(jnp.where(selected[:, None], jnp.abs(rows), 0))
-        chosen = jnp.where(selected[:, None], rows, 0) / jnp.where(largest > 0, largest, 1)
+        chosen = jnp.where(selected[:, None], rows, 0)
+        chosen = chosen / magnitude(chosen)
         # In descending order: rows that keep their place, the selected ones by energy, those that do not exist.
         place = jnp.where(selected, 0.0, jnp.where(exists, 2.0 * matrix.size, -1.0)).astype(rows.dtype)
         _, turn = jnp.linalg.eigh(jnp.matmul(chosen, chosen.T, precision=HIGHEST) + jnp.diag(place))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from tdlrt_jax.arguments import check_integer
 
-__all__ = ["NONFINITE", "OK", "PLAIN_GRADIENTS", "RANK_AT_CAPACITY", "describe_status"]
+__all__ = ["NONFINITE", "NOT_ORTHONORMAL", "OK", "PLAIN_GRADIENTS", "RANK_AT_CAPACITY", "SKIPPED", "describe_status"]
 
 OK = 0
 NONFINITE = 1
 PLAIN_GRADIENTS = 2
 RANK_AT_CAPACITY = 4
+NOT_ORTHONORMAL = 8
+
+# The flags of a step that was left out.
+SKIPPED = NONFINITE | NOT_ORTHONORMAL
 
 _ADVICE = {
     NONFINITE: (
-        "a gradient or the next kernel was not finite: parameters and optimizer state were left as they were. "
-        "Lower the learning rate, clip the gradient inside tdlrt (optax.chain(optax.clip_by_global_norm(1.0), ...)), or look for "
-        "bad values in the batch"
+        "the loss, a gradient, or what the step would have made of the parameters or a state was not finite: all were left as "
+        "they were. "
+        "Lower the learning rate, clip the gradient inside tdlrt (optax.chain(optax.clip_by_global_norm(1.0), ...)), lower the "
+        "loss scale where there is one (float16), or look for bad values in the batch"
     ),
     PLAIN_GRADIENTS: (
         "the gradients do not satisfy U_i^T dK_i = Mat_i(dC) Q_i: they look like plain factor gradients. "
@@ -25,6 +30,12 @@ _ADVICE = {
         "a rank presses against the capacity of its arrays: the tolerance asks for more. "
         "Enlarge it with tdlrt_jax.resize(tree, tdlrt_jax.fit_capacity(params)), parameters and optimizer state alike, "
         "or set max_rank if the bound is meant"
+    ),
+    NOT_ORTHONORMAL: (
+        "the factors of a kernel are not orthonormal, or its active columns do not come first: a step from there would be wrong, "
+        "and all was left as it was. Something outside of tdlrt changed them (an average, a decay, rounding to fewer bits, a "
+        "transformation after tdlrt in a chain). tdlrt_jax.canonicalize(kernel) repairs them without changing the tensor; then "
+        "make the optimizer's state anew with init, which also names a kernel that is not in order"
     ),
 }
 

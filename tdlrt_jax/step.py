@@ -14,7 +14,8 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, check_integer, check_transformation
 from tdlrt_jax.frame import value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.optimizer import TdlrtState
+from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
+from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
 from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]
@@ -29,6 +30,7 @@ class StepInfo(NamedTuple):
     truncation_error: dict[str, Array]  # relative, of this step
     cumulative_truncation_error: dict[str, Array]  # summed over all steps
     status: Array  # int32 bit flags, see tdlrt_jax.describe_status
+    skipped: Array  # int32, steps in a row, up to this one, that tdlrt left out
 
 
 def tdlrt_step(
@@ -59,7 +61,8 @@ def tdlrt_step(
     Returns:
       ``step(params, opt_state, *batch) -> (params, opt_state, info)``; with ``has_state``
       ``step(params, opt_state, model_state, *batch) -> (params, opt_state, model_state, info)``. ``info`` is a :class:`StepInfo`.
-      Where a gradient is not finite, everything stays as it was and ``info.status`` says so.
+      Where a number is not finite, be it the loss, a gradient, or what would become of parameters or a state, everything stays as
+      it was and ``info.status`` says so; ``info.skipped`` counts such steps in a row.
 
     Raises:
       ValueError: for ``accumulate`` below 1, or a batch that it does not divide.
@@ -119,32 +122,37 @@ def tdlrt_step(
         def micro_step(carry: tuple, micro_batch: tuple) -> tuple:
             model_state, loss, grads = carry
             (value, (model_state, aux)), grad = gradient(params, model_state, *micro_batch)
-            return (model_state, loss + value, jax.tree.map(jnp.add, grads, grad)), aux
+            return (model_state, *jax.tree.map(jnp.add, (loss, grads), (value, grad))), aux
 
         micro_batches = jax.tree.map(_split(accumulate), batch)
         shapes = jax.eval_shape(gradient, params, model_state, *jax.tree.map(lambda leaf: leaf[0], micro_batches))
-        (loss, _), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (mean, _), means = shapes
+        # Sums of numbers of 16 bits overflow, and round too much, where their means do not.
+        loss, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), (mean, means))
         # XLA's CPU convolutions are 15 to 77 times slower inside of a loop (benchmarks/results/cpu).
         unroll = jax.default_backend() == "cpu"
         start = (model_state, loss, grads)
         (model_state, loss, grads), aux = jax.lax.scan(micro_step, start, micro_batches, unroll=unroll)
-        return loss / accumulate, model_state, aux, jax.tree.map(lambda leaf: leaf / accumulate, grads)
+        loss, grads = jax.tree.map(
+            lambda leaf, like: (leaf / accumulate).astype(like.dtype), (loss, grads), (mean, means)
+        )
+        return loss, model_state, aux, grads
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
         (loss, new_model_state, aux, grads), value_and_grad_fn = first_of_two(params, model_state, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss, value_and_grad_fn=value_and_grad_fn)
-        states = find_states(opt_state)
-        finite = jnp.all(jnp.stack([state.status & flags.NONFINITE == 0 for state in states]))
-        model_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_model_state, model_state)
-        info = StepInfo(
-            loss=loss,
-            aux=aux,
-            rank=_merge(state.rank for state in states),
-            truncation_error=_merge(state.truncation_error for state in states),
-            cumulative_truncation_error=_merge(state.cumulative_truncation_error for state in states),
-            status=_combine([state.status for state in states]),
-        )
-        return optax.apply_updates(params, updates), opt_state, model_state, info
+        value = vetoed(loss, model_state, new_model_state)
+        updates, after = tx.update(grads, opt_state, params, value=value, value_and_grad_fn=value_and_grad_fn)
+        status = combined_status(opt_state, after, (value, grads))
+        if not isinstance(opt_state, TdlrtState):
+            # What is outside of tdlrt (another part of a partition) may have taken what it left out.
+            updates, after, status = jax.lax.cond(
+                adds_up(params, updates),
+                lambda: (updates, after, status),
+                lambda: (no_updates(updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
+            )
+        moves = status & flags.SKIPPED == 0
+        model_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new_model_state, model_state)
+        return optax.apply_updates(params, updates), after, model_state, report(after, loss, aux, status)
 
     if has_state:
         return jax.jit(step, donate_argnums=(0, 1, 2) if donate else ())
@@ -168,6 +176,57 @@ def find_states(opt_state: Any) -> list[TdlrtState]:
     if not states:
         raise ValueError("the optimizer's state holds no TdlrtState: wrap the optimizer in tdlrt_jax.tdlrt(...)")
     return states
+
+
+def vetoed(loss: Array, before: Any, after: Any) -> Array:
+    """The loss, for :func:`tdlrt_jax.tdlrt` to judge a step by: NaN where the model's state would no longer be finite."""
+    return jnp.where(stays_finite(before, after), loss, jnp.nan)
+
+
+def combined_status(before: Any, after: Any, given: Any) -> Array:
+    """The status of a step, from the optimizer's states before and after it.
+
+    A transformation around tdlrt may not have called it (``optax.apply_if_finite``, or ``optax.MultiSteps`` between its steps);
+    what its state then says is about an earlier step, and ``given``, the loss and the gradients, decides.
+    """
+    old, new = find_states(before), find_states(after)
+    status = new[0].status
+    for state in new[1:]:
+        status = status | state.status
+    if isinstance(before, TdlrtState):
+        return status
+    called = jnp.stack([(a.step != b.step) | (a.skipped != b.skipped) for a, b in zip(old, new)])
+    unseen = jnp.where(all_finite(given), flags.OK, flags.NONFINITE).astype(jnp.int32)
+    return jnp.where(jnp.any(called), status, unseen)
+
+
+def report(opt_state: Any, loss: Array, aux: Any, status: Array) -> StepInfo:
+    """What a step tells, put together from all states in an optimizer's."""
+    states = find_states(opt_state)
+    return StepInfo(
+        loss=loss,
+        aux=aux,
+        rank=_merge(state.rank for state in states),
+        truncation_error=_merge(state.truncation_error for state in states),
+        cumulative_truncation_error=_merge(state.cumulative_truncation_error for state in states),
+        status=status,
+        skipped=jnp.max(jnp.stack([state.skipped for state in states])),
+    )
+
+
+def _none_taken(opt_state: Any) -> Any:
+    """An optimizer's state after a step that changes nothing."""
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, TdlrtState)
+
+    return jax.tree.map(
+        lambda node: left_out(node, flags.NONFINITE) if is_leaf(node) else node, opt_state, is_leaf=is_leaf
+    )
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
 
 
 def _split(parts: int) -> Callable[[Array], Array]:
@@ -198,10 +257,3 @@ def _fill_masked(params: Any, full: Any) -> Any:
 
 def _merge(dictionaries: Any) -> dict[str, Array]:
     return {name: value for dictionary in dictionaries for name, value in dictionary.items()}
-
-
-def _combine(statuses: list[Array]) -> Array:
-    combined = statuses[0]
-    for status in statuses[1:]:
-        combined = combined | status
-    return combined

@@ -33,7 +33,7 @@ from tdlrt_jax.ranks import (
     thresholds,
 )
 from tdlrt_jax.rotation import ALL_ROUNDS, khatri_rao, principal_rotation, randomized_rotation, sketch_size
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, fold, mode_product, unfold
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, fold, magnitude, mode_product, unfold
 
 __all__ = ["Truncated", "hosvd", "truncate"]
 
@@ -100,8 +100,9 @@ def truncate(
     dtype = jnp.promote_types(core.dtype, jnp.float32)
     tolerance = jnp.asarray(tolerance, dtype)
 
-    largest = jnp.max(jnp.abs(core)).astype(dtype)
-    working = core.astype(dtype) / jnp.where(largest > 0, largest, 1)
+    working = core.astype(dtype)
+    largest = magnitude(working)
+    working = working / largest
     norm = jnp.linalg.norm(working)
     limits = thresholds(tolerance, jnp.where(norm > 0, norm * largest, 1), whole, policy)
 
@@ -185,7 +186,7 @@ def truncate(
     # One loop, since further passes are rare: by themselves they would be half of the program.
     end = start._replace(core=normalized()) if all(whole) else jax.lax.while_loop(unfinished, run_pass, start)
     ranks = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in end.masks])
-    scale = jnp.where(norm > 0, norm, 1) * jnp.where(largest > 0, largest, 1)
+    scale = jnp.where(norm > 0, norm, 1) * largest
     return Truncated(
         (end.core * scale).astype(core.dtype),
         tuple(None if p is None else p[:, :size] for p, size in zip(end.rotations, sizes)),
@@ -239,7 +240,8 @@ def hosvd(
         :class:`RankPolicy`.
 
     Returns:
-      A :class:`TuckerTensor` with orthonormal factors; capacities are lowered to ``R_i <= prod_{j != i} R_j``.
+      A :class:`TuckerTensor` with orthonormal factors, which are float32 at least, and a core of the tensor's dtype; capacities
+      are lowered to ``R_i <= prod_{j != i} R_j``.
 
     Raises:
       ValueError: for a rank outside ``1..n_i``, a tolerance that is not usable, or a tensor that is not floating.
@@ -276,6 +278,4 @@ def _hosvd(
             core = fold(triangular, mode, (*core.shape[:mode], rows.shape[1], *core.shape[mode + 1 :]))
     cut = truncate(core, tolerance, capacity=sizes, whole=whole, policy=policy)
     factors = [p if basis is None or p is None else mode_product(p, basis, 0) for basis, p in zip(bases, cut.rotations)]
-    return TuckerTensor(
-        cut.core.astype(tensor.dtype), tuple(f if f is None else f.astype(tensor.dtype) for f in factors)
-    )
+    return TuckerTensor(cut.core.astype(tensor.dtype), tuple(factors))

@@ -26,6 +26,7 @@ __all__ = [
     "fold",
     "is_tucker",
     "kernel_shape",
+    "magnitude",
     "mode_product",
     "multi_mode_product",
     "parameter_count",
@@ -198,6 +199,16 @@ def multi_mode_product(
         if mode != skip and matrix is not None:
             tensor = mode_product(tensor, matrix.T if transpose else matrix, mode)
     return tensor
+
+
+def magnitude(array: Array) -> Array:
+    """What to divide an array by so that its squares neither overflow nor vanish: its largest absolute value; 1 for zeros.
+
+    At most what still has a normal reciprocal, by which XLA multiplies in the place of a division: the reciprocals of the very
+    largest numbers are flushed to zero, and the array with them. The quotient is at most 16 then.
+    """
+    largest = jnp.max(jnp.abs(array))
+    return jnp.where(largest > 0, jnp.minimum(largest, 1 / (4 * jnp.finfo(array.dtype).tiny)), 1)
 
 
 def to_dense(kernel: Any) -> Array:

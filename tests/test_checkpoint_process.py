@@ -74,7 +74,7 @@ def golden_loss(params, x):
 def test_a_checkpoint_of_the_first_format_keeps_loading(like):
     expected = json.loads((DATA / "checkpoint_format1.json").read_text())
     restored, metadata = checkpoint.restore(DATA / "checkpoint_format1", golden_tree(**like))
-    assert sums(restored) == expected["sums"], "exactly, bit for bit"
+    assert sums(restored) == expected["sums"] | {"opt_state/skipped": 0.0}, "exactly, bit for bit; the count is younger"
     assert checkpoint.ranks(DATA / "checkpoint_format1") == expected["ranks"]
     ranks = {
         name: np.asarray(tdlrt_jax.active_rank(k)).tolist() for name, k in kernel_paths(restored["params"]).items()

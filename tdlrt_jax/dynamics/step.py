@@ -241,6 +241,7 @@ def galerkin_point(scheme: Integrator, augmented: Augmented, step: TuckerTensor)
     frame = augmented.frame
     turns: list[ModeArray] = []
     bases: list[ModeArray] = []
+    deviations: list[Array] = []
     for mode, (u, dk, q) in enumerate(zip(frame.U, step.factors, frame.Q)):
         if u is None:
             turns.append(None)
@@ -248,8 +249,10 @@ def galerkin_point(scheme: Integrator, augmented: Augmented, step: TuckerTensor)
             continue
         rows = jnp.matmul(jnp.matmul(u.T, dk, precision=HIGHEST), unfold(q, mode), precision=HIGHEST)
         own = scheme.basis_step(augmented, step._replace(core=fold(rows, mode, frame.core.shape)))
-        assert own.turns is not None
+        assert own.turns is not None and own.deviation is not None
         turns.append(own.turns[mode])
         bases.append(own.bases[mode])
+        deviations.append(own.deviation)
     carried = [None if turn is None else turn[: u.shape[1]] for turn, u in zip(turns, frame.U)]
-    return Galerkin(multi_mode_product(frame.core, carried, transpose=True), tuple(bases), tuple(turns))
+    core = multi_mode_product(frame.core, carried, transpose=True)
+    return Galerkin(core, tuple(bases), tuple(turns), jnp.max(jnp.stack(deviations)))

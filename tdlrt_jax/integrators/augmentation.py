@@ -18,7 +18,7 @@ from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.ranks import tails
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, magnitude, mode_product
 
 __all__ = ["Augmented", "augment", "augment_all", "augmented_width", "embed", "new_directions", "unchanged"]
 
@@ -71,8 +71,7 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
     if width == 0:
         return step[:, :0]
     floor = 50 * jnp.finfo(step.dtype).eps
-    largest = jnp.max(jnp.abs(step))
-    columns = step / jnp.where(largest > 0, largest, 1)
+    columns = step / magnitude(step)
     norm = jnp.linalg.norm(columns)
     columns = columns / jnp.where(norm > 0, norm, 1)
     columns = _project_out(_project_out(columns, basis), basis)

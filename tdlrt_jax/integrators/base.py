@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.inspection import deviation
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.ranks import RankPolicy
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor
@@ -21,6 +22,7 @@ class Galerkin(NamedTuple):
     core: Array  # (M_1, ..., M_d)
     bases: tuple[ModeArray, ...]  # (n_i, M_i)
     turns: tuple[ModeArray, ...] | None  # (R_i + A_i, M_i), from the augmented bases to these; None where they agree
+    deviation: Array | None = None  # scalar, see Moved; None where the bases are still to be turned
 
 
 class Moved(NamedTuple):
@@ -31,6 +33,7 @@ class Moved(NamedTuple):
     rank: Array  # int32 (d,)
     error: Array  # relative truncation error of this step
     bound: Array  # bool (d,): a bound or the capacity kept the rank below what the tolerance asks for
+    deviation: Array  # scalar, the largest entry of |U^T U - I| of the new factors before their correction
 
 
 class Truncation(NamedTuple):
@@ -55,14 +58,23 @@ class Integrator(NamedTuple):
     same_network: bool  # whether the Galerkin point is the network itself in other bases
 
 
-def orthonormal_factors(bases: tuple[ModeArray, ...], rotations: tuple[ModeArray, ...]) -> tuple[ModeArray, ...]:
-    """``U_i = bases_i P_i`` (line 12) and one Newton-Schulz step ``U (3 I - U^T U) / 2``, which stops the drift of rounding."""
+def orthonormal_factors(
+    bases: tuple[ModeArray, ...], rotations: tuple[ModeArray, ...]
+) -> tuple[tuple[ModeArray, ...], Array]:
+    """``U_i = bases_i P_i`` (line 12) and one Newton-Schulz step ``U (3 I - U^T U) / 2``, which stops the drift of rounding.
+
+    Returns:
+      The factors, and how far they were from orthonormal ones before that step, for which ``U^T U`` is at hand: a scalar ``E``;
+      afterwards it is ``3/4 E^2``.
+    """
     factors: list[ModeArray] = []
+    deviations: list[Array] = []
     for basis, rotation in zip(bases, rotations):
         if basis is None or rotation is None:
             factors.append(None)
             continue
         u = jnp.matmul(basis, rotation, precision=HIGHEST)
         gram = jnp.matmul(u.T, u, precision=HIGHEST)
+        deviations.append(deviation(u, gram))
         factors.append(1.5 * u - 0.5 * jnp.matmul(u, gram, precision=HIGHEST))
-    return tuple(factors)
+    return tuple(factors), jnp.max(jnp.stack([jnp.zeros(()), *deviations]))

@@ -45,8 +45,8 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
         ceiling=truncation.ceiling,
         step=truncation.step,
     )
-    kernel = TuckerTensor(cut.core, orthonormal_factors(point.bases, cut.rotations))
-    return Moved(kernel, cut.rotations, cut.rank, cut.error, cut.bound)
+    factors, deviation = orthonormal_factors(point.bases, cut.rotations)
+    return Moved(TuckerTensor(cut.core, factors), cut.rotations, cut.rank, cut.error, cut.bound, deviation)
 
 
 def existing(point: Galerkin) -> list[ModeArray]:

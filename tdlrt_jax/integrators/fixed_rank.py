@@ -12,7 +12,16 @@ from jax import Array
 from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation, orthonormal_factors
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, active_rank, multi_mode_product, unfold
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_columns,
+    active_rank,
+    magnitude,
+    multi_mode_product,
+    unfold,
+)
 
 __all__ = ["fixed_rank"]
 
@@ -39,24 +48,24 @@ def basis_step(augmented: Augmented, step: TuckerTensor) -> Galerkin:
         turn = jnp.where(active_columns(u), turns_of_mode[:, : u.shape[1]], 0)
         turns.append(turn)
         carried.append(turn[: u.shape[1]])
-    bases = orthonormal_factors(augmented.bases, tuple(turns))
+    bases, deviation = orthonormal_factors(augmented.bases, tuple(turns))
     core = multi_mode_product(frame.core, carried, transpose=True)
-    return Galerkin(core, bases, tuple(turns))
+    return Galerkin(core, bases, tuple(turns), deviation)
 
 
 def _normalized(matrix: Array) -> Array:
-    largest = jnp.max(jnp.abs(matrix))
-    matrix = matrix / jnp.where(largest > 0, largest, 1)
+    matrix = matrix / magnitude(matrix)
     return matrix / jnp.maximum(jnp.linalg.norm(matrix), jnp.finfo(matrix.dtype).tiny)
 
 
 def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncation: Truncation) -> Moved:
     """Lines 9 and 14: the core steps in the new bases; nothing is truncated."""
     del truncation
-    assert point.turns is not None  # from basis_step
+    assert point.turns is not None and point.deviation is not None  # from basis_step
     kernel = TuckerTensor(point.core + increment, point.bases)
     rank = active_rank(TuckerTensor(augmented.frame.core, augmented.frame.U))
-    return Moved(kernel, point.turns, rank, jnp.zeros((), increment.dtype), jnp.zeros(rank.shape, bool))
+    still, free = jnp.zeros((), increment.dtype), jnp.zeros(rank.shape, bool)
+    return Moved(kernel, point.turns, rank, still, free, point.deviation)
 
 
 fixed_rank = Integrator(evaluations=2, basis_step=basis_step, core_step=core_step, same_network=False)

@@ -397,7 +397,7 @@ def stand_in(kernel: Any, param_dtype: DTypeLike) -> Array:
 
     Where a kernel is wider only because factors are never narrower than float32, that is ``param_dtype``.
     """
-    stored = jax.tree.leaves(kernel)[0].dtype
+    stored = jnp.result_type(*jax.tree.leaves(kernel))
     widened = stored == jnp.promote_types(param_dtype, jnp.float32)
     return jnp.zeros((), param_dtype if widened else stored)
 

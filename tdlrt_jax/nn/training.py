@@ -16,7 +16,7 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.step import StepInfo, find_states
+from tdlrt_jax.step import StepInfo, combined_status, report, vetoed
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
 
@@ -211,8 +211,8 @@ def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callabl
 
     Returns:
       ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
-      of :func:`tdlrt`. The model's other state moves once, from the first evaluation; where a gradient is not finite,
-      model and optimizer stay as they were and ``info.status`` says so.
+      of :func:`tdlrt`. The model's other state moves once, from the first evaluation; where a number is not finite (see
+      :func:`tdlrt_jax.tdlrt_step`), model and optimizer stay as they were and ``info.status`` says so.
 
     Raises:
       ValueError: if there is no :func:`tdlrt` in the optimizer.
@@ -242,22 +242,14 @@ def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callabl
         wrt = optimizer.wrt
         rest = nnx.as_pure(_split(model, wrt)[2])
         ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
-        optimizer.update(model, grads, value=loss, value_and_grad_fn=again)
+        moved, before = nnx.as_pure(_split(model, wrt)[2]), nnx.as_pure(optimizer.opt_state)
+        value = vetoed(loss, rest, moved)
+        optimizer.update(model, grads, value=value, value_and_grad_fn=again)
 
-        states = find_states(nnx.as_pure(optimizer.opt_state))
-        status = states[0].status
-        for state in states[1:]:
-            status = status | state.status
-        moved = nnx.as_pure(_split(model, wrt)[2])
-        finite = status & flags.NONFINITE == 0
-        nnx.update(model, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, rest))
-        return StepInfo(
-            loss=loss,
-            aux=aux,
-            rank={k: v for s in states for k, v in s.rank.items()},
-            truncation_error={k: v for s in states for k, v in s.truncation_error.items()},
-            cumulative_truncation_error={k: v for s in states for k, v in s.cumulative_truncation_error.items()},
-            status=status,
-        )
+        after = nnx.as_pure(optimizer.opt_state)
+        status = combined_status(before, after, (value, nnx.as_pure(grads)))
+        moves = status & flags.SKIPPED == 0
+        nnx.update(model, jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, rest))
+        return report(after, loss, aux, status)
 
     return step

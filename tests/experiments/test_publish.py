@@ -27,7 +27,7 @@ def test_locations_go_and_nothing_else(tmp_path):
     published = json.loads(text)
     assert published["command"] == "python -m experiments.train --dataset digits --seed 3"
     assert published["final"] == {"loss": 0.5}
-    places = ("data_dir", "cache_dir", "run_dir", "devices", "coordinator", "processes", "process")
+    places = ("data_dir", "cache_dir", "run_dir", "save_every", "devices", "coordinator", "processes", "process")
     assert {**published["options"], **dict.fromkeys(places), "resume": False} == TrainConfig().to_json()
 
 

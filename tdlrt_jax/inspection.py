@@ -1,0 +1,95 @@
+"""What a step looks at before it is accepted: finite numbers, orthonormal factors, gradients of the right kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tdlrt_jax.batching import map_batched
+from tdlrt_jax.frame import Frame
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, unfold
+
+__all__ = ["ORTHONORMAL", "adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite"]
+
+# Largest entry of |U^T U - I| that a step accepts. Its Newton-Schulz correction (see orthonormal_factors) takes a deviation E to
+# 3/4 E^2, so what is accepted is orthonormal to 1e-6 afterwards, and to rounding one step later.
+ORTHONORMAL = 1e-3
+
+
+def deviation(factor: Array, gram: Array | None = None) -> Array:
+    """The largest entry of ``|U^T U - I|`` on the active columns, which come first: a scalar; 1 if there is none.
+
+    Args:
+      factor: ``U``, ``(n, R)``.
+      gram: ``U^T U`` where it is at hand.
+    """
+    if gram is None:
+        gram = jnp.matmul(factor.T, factor, precision=HIGHEST)
+    rank, index = jnp.maximum(jnp.sum(active_columns(factor)), 1), jnp.arange(gram.shape[0])
+    identity = (index[:, None] == index) & (index < rank)
+    return jnp.max(jnp.abs(gram - identity))
+
+
+def largest_deviation(factors: Sequence[ModeArray]) -> Array:
+    """:func:`deviation` of the worst of many factors, a float32 scalar; not a number where one of them is not finite."""
+    found = map_batched(deviation, [factor for factor in factors if factor is not None])
+    return jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(value.astype(jnp.float32) for value in found)]))
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether all floating numbers in a pytree are finite: a boolean scalar."""
+    return _all([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)])
+
+
+def stays_finite(before: Any, after: Any) -> Array:
+    """Whether all floating numbers of ``after`` are finite where their counterparts in ``before`` were: a boolean scalar.
+
+    What was infinite from the start (the best value that a plateau schedule has seen, a mask of -inf) may stay so.
+    """
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return _all([jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs if _is_inexact(new)])
+
+
+def adds_up(params: Any, updates: Any) -> Array:
+    """Whether updates are finite, and the parameters with them added where they were before: a boolean scalar.
+
+    A sum may overflow where both of its terms are finite, and rounding to the parameters' dtype as well.
+    """
+    after = jax.tree.leaves(optax.apply_updates(params, updates))
+    rows = zip(jax.tree.leaves(updates), jax.tree.leaves(params), after, strict=True)
+    return _all(
+        [
+            jnp.all(jnp.isfinite(update) & (jnp.isfinite(new) | ~jnp.isfinite(old)))
+            for update, old, new in rows
+            if _is_inexact(new)
+        ]
+    )
+
+
+def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:
+    """Whether gradients look like plain factor gradients: those of Theorem 1 satisfy ``U_i^T dK_i = Mat_i(dC) Q_i``."""
+    mismatch = agreement = total = jnp.zeros((), jnp.float32)
+    for frame, grad in zip(frames, grads):
+        for mode, (u, dk, q) in enumerate(zip(frame.U, grad.factors, frame.Q or ())):
+            if u is None or dk is None or q is None:
+                continue
+            inside = jnp.matmul(u.T, dk, precision=HIGHEST)
+            core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
+            mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
+            agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
+            total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
+    # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
+    return (mismatch > 0.25 * agreement) & (mismatch > 1e-4 * total)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
+
+
+def _all(checks: list[Array]) -> Array:
+    return jnp.all(jnp.stack(checks)) if checks else jnp.ones((), bool)

@@ -1,0 +1,92 @@
+"""``--skip-nonfinite``: the main job leaves out steps that are not finite, so many in a row, and says how many."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import batches, programs
+from experiments.config import OptimizerConfig
+from experiments.records import Sums
+from experiments.train import main
+
+# Three steps an epoch.
+TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "3", "--rank", "4", "--no-resize"]
+
+
+def run(*options):
+    return main([*TINY, *map(str, options)])
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """Makes the images of given steps, ``(epoch, step)`` from 0, numbers that are none."""
+    bad = []
+
+    def training_batch(data, order, transform, seed, epoch, index):
+        images, labels = batches.training_batch(data, order, transform, seed, epoch, index)
+        wrong = jnp.zeros((), bool)
+        for at in bad:
+            wrong = wrong | ((epoch == at[0]) & (index == at[1]))
+        return jnp.where(wrong, jnp.nan, images), labels
+
+    monkeypatch.setattr(programs, "training_batch", training_batch)
+    return bad
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["tdlrt", "dense"])
+def test_the_run_goes_on_without_them(tmp_path, bad_steps, method):
+    bad_steps += [(0, 1), (0, 2), (1, 0), (2, 2)]  # three in a row, over the end of an epoch, and the very last
+    directory = tmp_path / "run"
+    assert run("--method", method, "--skip-nonfinite", 3, "--evaluate-every", 2, "--run-dir", directory) == 0
+    found = records(directory)
+    assert [record["skipped_steps"] for record in found] == [2, 1, 1]
+    assert all(np.isfinite(record["train_loss"]) and 0 < record["train_accuracy"] < 1 for record in found)
+    assert [point["step"] for record in found for point in record["curve"]] == [2, 4, 6, 8]
+    stored, _ = checkpoint_arrays(directory)
+    assert all(np.all(np.isfinite(array)) for name, array in stored.items() if array.dtype.kind == "f")
+    if method == "tdlrt":
+        assert stored["opt_state/step"] == 5, "nine steps but four"
+
+
+def test_at_one_more_it_stops_with_the_last_good_state(tmp_path, bad_steps, capsys):
+    bad_steps += [(0, 1), (0, 2)]
+    directory = tmp_path / "run"
+    options = ["--method", "dense", "--skip-nonfinite", 1, "--run-dir", directory]
+    assert run(*options) == 1
+    message = capsys.readouterr().out
+    assert "Stopped in epoch 1, step 3 of 3: the loss (nan)" in message and "--skip-nonfinite (it was 1)" in message
+    stored, metadata = checkpoint_arrays(directory)
+    assert all(np.all(np.isfinite(array)) for array in stored.values() if array.dtype.kind == "f") and stored["healthy"]
+    assert metadata["sums"]["steps"] == 2
+    assert metadata["sums"]["skipped"] == metadata["sums"]["skipped_in_a_row"] == 1
+    assert run(*options, "--resume") == 1, "it meets the same step again"
+    assert "Stopped in epoch 1, step 3 of 3" in capsys.readouterr().out
+
+
+def checkpoint_arrays(directory):
+    """Arrays of the last checkpoint by path, and its metadata."""
+    what = ocp.args.Composite(arrays=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
+    with ocp.CheckpointManager(directory / "checkpoints", item_names=("arrays", "description")) as manager:
+        restored = manager.restore(manager.latest_step(), args=what)
+    return restored["arrays"], restored["description"]["metadata"]
+
+
+def test_means_are_over_the_steps_that_were_taken():
+    sums = Sums(steps=4, skipped=1, loss=6.0, correct=6)
+    sums.add_point(4, 3, 0.5, 0.5)
+    assert sums.points[0]["train_loss"] == 2.0 and sums.points[0]["train_accuracy"] == 6 / 9
+    sums.steps, sums.skipped = 5, 2
+    sums.add_point(5, 3, 0.5, 0.5)
+    assert sums.points[1]["train_loss"] == 0
+
+
+def test_the_option_is_checked():
+    with pytest.raises(ValueError, match="skip-nonfinite"):
+        OptimizerConfig(skip_nonfinite=-1)
