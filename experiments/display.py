@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -87,7 +88,7 @@ def layer_table(summary: list[Layer], total: Totals) -> Table:
     for layer in sorted(summary, key=lambda layer: layer.kind):  # convolutions first
         rank = "dense" if layer.rank is None else _product(layer.rank)
         table.add_row(
-            layer.name,
+            escape(layer.name),
             _product(layer.shape),
             rank,
             f"{layer.full:,}",
@@ -142,7 +143,7 @@ def rank_table(history: Sequence[dict[str, Any]]) -> Table:
     for record in shown:
         table.add_column(str(record["epoch"]), justify="right", no_wrap=True)
     for name in dict.fromkeys(name for record in records for name in record["ranks"]):
-        table.add_row(name, *(_product(tuple(record["ranks"].get(name, ()))) for record in shown))
+        table.add_row(escape(name), *(_product(tuple(record["ranks"].get(name, ()))) for record in shown))
     return table
 
 

@@ -20,6 +20,7 @@ from experiments.config import LOCATIONS, TrainConfig, from_json
 from experiments.pace import Pace
 from experiments.publish import without_locations
 from experiments.run_directory import RunDirectory
+from experiments.schema import check_result
 from experiments.sealed import read_sealed, sealed, write_text
 
 __all__ = ["SCALES", "TRAIN", "Grid", "GridError", "Places", "Run", "main", "publish", "state_of"]
@@ -117,7 +118,9 @@ def state_of(run: Run, places: Places) -> str:
     published, directory = places.published(run), places.directory(run)
     if published.exists():
         try:
-            stored = read_sealed(published)["options"]
+            result = read_sealed(published)
+            check_result(result)
+            stored = result["options"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GridError(f"{published} is no result ({type(error).__name__}: {error}): move it away") from None
         _check_same(run, stored, published, "--results")

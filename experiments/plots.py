@@ -140,7 +140,7 @@ def plot_truncation(history: History) -> Figure | None:
                 [record["epoch"] for record in records],
                 np.where(errors > 0, errors, np.nan),  # a step that truncates nothing has no place on a log axis
                 marker=_marker(records),
-                label=name,
+                label=_plain(name),
                 **style,
             )
         axes.set(title=f"relative truncation error {title}", xlabel="epoch", yscale="log")
@@ -181,7 +181,7 @@ def plot_comparison(histories: Mapping[str, History]) -> Figure:
     accuracy, compression, ends = figure.subplots(1, 3)
     for (name, history), style in zip(histories.items(), _styles(len(histories), broken=True)):
         for axes, field in ((accuracy, "test_accuracy"), (compression, "compression_all")):
-            axes.plot(*_curve(history, field), marker=_marker(history), label=name, **style)
+            axes.plot(*_curve(history, field), marker=_marker(history), label=_plain(name), **style)
         last = history[-1]
         if "compression_all" in last and "test_accuracy" in last:
             ends.plot(last["compression_all"], last["test_accuracy"], marker="o", color=style["color"], linestyle="")
@@ -206,6 +206,11 @@ def _curve(history: History, field: str) -> tuple[list[int], list[float]]:
     return [record["epoch"] for record in records], [record[field] for record in records]
 
 
+def _plain(name: str) -> str:
+    """A name from a file, which may have the sign that begins a formula."""
+    return name.replace("$", r"\$")
+
+
 def _grid(names: Sequence[str], draw: Callable[[Axes, str], None], xlabel: str, ylabel: str) -> Figure:
     """One panel a layer, as many rows as need be, and one legend for all."""
     columns = len(names) if len(names) <= 4 else min(5, math.ceil(math.sqrt(1.4 * len(names))))
@@ -214,7 +219,7 @@ def _grid(names: Sequence[str], draw: Callable[[Axes, str], None], xlabel: str, 
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for number, (axes, name) in enumerate(zip(panels, names)):
         draw(axes, name)
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(_plain(name), fontsize="medium")
         if number + columns >= len(names):  # nothing below
             axes.set_xlabel(xlabel)
         if number % columns == 0:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.methods import METHODS
+from experiments.schema import check_result
 from experiments.sealed import read_sealed
 from experiments.tables import costs
 
@@ -33,6 +34,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     for path in sorted(directory.glob("*.json")):
         try:
             result = read_sealed(path)
+            check_result(result)
             options = {key: value for key, value in result["options"].items() if key not in RUN_ONLY}
             result["final"]["test_accuracy"]
         except (OSError, ValueError, KeyError, TypeError) as error:

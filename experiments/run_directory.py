@@ -9,11 +9,13 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.config import LOCATIONS, TrainConfig
 from experiments.process import SETTINGS
+from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
 
 __all__ = ["RunDirectory", "RunDirectoryError", "environment"]
@@ -63,6 +65,10 @@ class RunDirectory:
         if config.run.resume:
             if stored is None:
                 raise RunDirectoryError(f"--resume: there is no run in {directory.path} (no config.json)")
+            try:
+                check_links(directory.path)
+            except ValueError as error:
+                raise RunDirectoryError(str(error)) from None
             directory._check_same(stored["options"], config.to_json(), stored["command"])
         elif stored is not None:
             state = "a finished run" if directory.result() else "a run that is not finished"
@@ -99,7 +105,7 @@ class RunDirectory:
         Raises:
           RunDirectoryError: if they cannot be read, or are not what was written.
         """
-        return self._read("config.json")
+        return self._read("config.json", check_config)
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run.
@@ -107,7 +113,7 @@ class RunDirectory:
         Raises:
           RunDirectoryError: if there is one that cannot be read, or is not what was written.
         """
-        return self._read("result.json")
+        return self._read("result.json", check_result)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds an epoch's line to ``metrics.jsonl``."""
@@ -122,9 +128,11 @@ class RunDirectory:
         records = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+                check_plain(record)
+            except (ValueError, RecursionError):
                 break
+            records.append(record)
         return records
 
     def cut_history(self, epochs: int) -> list[dict[str, Any]]:
@@ -159,14 +167,19 @@ class RunDirectory:
         """Writes ``result.json``; from then on the run is finished."""
         write_sealed(self.path / "result.json", result)
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str, check: Callable[[Any], None]) -> dict[str, Any] | None:
         path = self.path / name
         if not path.is_file():
             return None
         try:
-            return read_sealed(path)
+            content = read_sealed(path)
         except (DamagedFileError, OSError) as error:
             raise RunDirectoryError(str(error)) from None
+        try:
+            check(content)
+        except ValueError as error:
+            raise RunDirectoryError(f"{path} is not what experiments.train writes: {error}") from None
+        return content
 
     def _check_same(self, stored: dict[str, Any], given: dict[str, Any], command: str) -> None:
         stored = {**TrainConfig().to_json(), **stored}  # options younger than the run had their defaults

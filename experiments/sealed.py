@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from experiments.schema import check_plain
+
 __all__ = ["DamagedFileError", "read_sealed", "sealed", "write_sealed", "write_text"]
 
 _FIELD = "checksum"
@@ -53,6 +55,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        check_plain(content)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments import plots
@@ -21,6 +22,7 @@ from experiments.display import history_table, layer_table, rank_table
 from experiments.metrics import Layer, totals
 from experiments.results_table import asked, is_adaptive, method_name
 from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.schema import check_layer, check_links, check_records, check_result
 from experiments.sealed import read_sealed
 
 __all__ = ["Run", "comparison_table", "load", "main", "show"]
@@ -73,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = None if arguments.no_plots else run.plots
         if directory is not None and arguments.output is not None:
             directory = arguments.output / run.name if len(runs) > 1 else arguments.output
-        show(run, console, directory)
+        try:
+            show(run, console, directory)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            print(f"error: {run.source} cannot be shown: {type(error).__name__}: {error}", file=sys.stderr)
+            return 2
     if len(runs) > 1:
         console.print(comparison_table(runs))
         histories = {run.name: run.history for run in runs if run.history}
@@ -97,11 +103,16 @@ def load(path: Path) -> Run:
       NoRunError: if there is nothing of a run.
     """
     if path.is_dir():
+        try:
+            check_links(path)
+        except ValueError as error:
+            raise NoRunError(str(error)) from None
         return _load_directory(path)
     if not path.exists():
         raise NoRunError(f"{path} does not exist: give a run directory of experiments.train or a result file (*.json)")
     try:
         result = read_sealed(path)
+        check_result(result)
         history = _records(result["epochs"])
         options, name = dict(result["options"]), path.stem
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -166,17 +177,19 @@ def _history(directory: RunDirectory, notes: list[str]) -> list[dict[str, Any]]:
 
 def _records(records: Any) -> list[dict[str, Any]]:
     """Records as they are, if they are some."""
+    records = list(records)
     for record in records:
         if not isinstance(record["epoch"], int):
             raise ValueError(f"an epoch is numbered {record['epoch']!r}")
-    return list(records)
+    check_records(records, "epochs")
+    return records
 
 
 def _layers(result: Mapping[str, Any]) -> tuple[list[Layer] | None, list[str]]:
     """The layers of a result, and a note if there are none."""
     try:
         stored = result["layers"]
-        return [
+        layers = [
             Layer(
                 entry["name"],
                 entry["kind"],
@@ -186,8 +199,11 @@ def _layers(result: Mapping[str, Any]) -> tuple[list[Layer] | None, list[str]]:
                 entry["full"],
             )
             for entry in stored
-        ], []
-    except (KeyError, TypeError) as error:
+        ]
+        for entry in stored:
+            check_layer(entry)
+        return layers, []
+    except (KeyError, TypeError, ValueError) as error:
         return None, [f"its layers cannot be read: {type(error).__name__}: {error}"]
 
 
@@ -199,7 +215,7 @@ def show(run: Run, console: Console, directory: Path | None) -> None:
       console: where to print.
       directory: for the plots; ``None`` for none.
     """
-    console.rule(f"[bold]{run.name}", align="left")
+    console.rule(f"[bold]{escape(run.name)}", align="left")
     _say(console, _describe(run.options))
     for note in run.notes:
         _say(console, f"note: {note}")
@@ -247,7 +263,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             f"{last['weights']:,}" if "weights" in last else None,
             f"{sum(seconds) / len(seconds):.1f}" if seconds else None,
         ]
-        table.add_row(run.name, *("-" if cell is None else str(cell) for cell in cells))
+        table.add_row(escape(run.name), *("-" if cell is None else escape(str(cell)) for cell in cells))
     return table
 
 

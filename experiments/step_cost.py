@@ -26,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.step_cost", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories of finished runs")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each run that are timed")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="directory of prepared tfds data sets")
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     options = parser.parse_args(argv)
     try:
-        result = measure(options.runs, rounds=options.rounds)
+        result = measure(options.runs, rounds=options.rounds, data_dir=options.data_dir)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(directories: Sequence[Path], *, rounds: int = 30) -> dict[str, Any]:
+def measure(directories: Sequence[Path], *, rounds: int = 30, data_dir: Path | None = None) -> dict[str, Any]:
     """Times ``rounds`` steps of every run, one after the other in turn.
 
     Args:
       directories: of finished runs.
       rounds: how often each run's step is timed, 1 or more; two more go before that are not.
+      data_dir: directory of prepared tfds data sets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
       ``{"hardware", "settings", "versions", "commit", "rounds", "runs": {name: {...}}}``: seconds (median, lowest, highest),
@@ -60,7 +62,7 @@ def measure(directories: Sequence[Path], *, rounds: int = 30) -> dict[str, Any]:
 
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be 1 or more")
-    steps = {directory.name: _Step(directory) for directory in directories}
+    steps = {directory.name: _Step(directory, data_dir) for directory in directories}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in itertools.count(-2):  # the first two warm caches up
         if index == rounds:
@@ -92,24 +94,25 @@ def measure(directories: Sequence[Path], *, rounds: int = 30) -> dict[str, Any]:
 class _Step:
     """The step of a run at its last checkpoint, with real batches."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, data_dir: Path | None):
         import jax.numpy as jnp
         from rich.console import Console
 
         from experiments import data, job
         from experiments.batches import epoch_order
-        from experiments.config import from_json
+        from experiments.config import LOCATIONS, from_json
         from experiments.interruption import Interruption
         from experiments.run_directory import RunDirectory
 
         stored = RunDirectory(directory).result()
         if stored is None:
             raise ValueError(f"{directory} holds no finished run (no result.json)")
-        config = from_json(stored["options"])
+        # Where files are is said here, not in a file.
+        options = {name: value for name, value in stored["options"].items() if name not in LOCATIONS}
+        config = from_json(options)
         loaded = data.load(
             config.data.dataset,
-            data_dir=config.data.data_dir,
-            cache_dir=config.data.cache_dir,
+            data_dir=data_dir,
             validation=config.data.validation,
             limit=config.data.limit,
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import table
 from experiments.config import LOCATIONS, TrainConfig
+from experiments.schema import check_result
 from experiments.sealed import read_sealed
 
 __all__ = [
@@ -64,6 +65,7 @@ def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted(directory.rglob("*/*.json")):
         try:
             result = read_sealed(path)
+            check_result(result)
             result["final"]["test_accuracy"], result["epochs"][-1], result["options"]["seed"]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is no result of experiments.train ({error!r}): move it away") from None

@@ -123,6 +123,7 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
     _check_tree("like", like)
     step = _existing_step(directory, step)
     where = f"checkpoint {step} in {directory}"
+    _check_links(directory, step)
     wanted = _leaves(like)
     with _manager(directory) as manager:
         description = _description(manager, directory, step)
@@ -141,7 +142,7 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
         _check_names(where, set(wanted) - absent, set(stored))
         free = _free_axes(like)
         for name in wanted.keys() - absent:
-            _check_leaf(where, name, wanted[name], stored[name], free.get(name, ()))
+            _check_leaf(where, name, wanted[name], stored[name], free.get(name, {}))
         # As NumPy arrays: a checkpoint written on one kind of device is read on any other.
         arrays = {name: np.zeros(item.shape, item.dtype) for name, item in empty.items()}
         target = {name: np.broadcast_to(np.zeros((), stored[name].dtype), stored[name].shape) for name in filled}
@@ -160,6 +161,7 @@ def restore(directory: PathLike, like: Any, step: int | None = None) -> tuple[An
 def ranks(directory: PathLike, step: int | None = None) -> dict[str, list[int]]:
     """The ranks in use of every Tucker kernel in a checkpoint, by path, without reading arrays."""
     step = _existing_step(directory, step)
+    _check_links(directory, step)
     with _manager(directory) as manager:
         return _description(manager, directory, step)["ranks"]
 
@@ -208,6 +210,10 @@ def _description(manager: ocp.CheckpointManager, directory: PathLike, step: int)
             f"checkpoint {step} in {directory} has format {version}, written by another version of tdlrt_jax; this one reads "
             f"format {_FORMAT}"
         )
+    try:
+        _check_description(description)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(directory, step, f"ranks, checksums or metadata cannot be used. {error}") from None
     # Checkpoints of the first versions have no checksum of the description itself.
     if checksum is not None and checksum != _json_checksum(description):
         raise _damaged(directory, step, "ranks, checksums or metadata are not what was saved")
@@ -227,6 +233,33 @@ def _empty_arrays(description: Mapping[str, Any], directory: PathLike, step: int
     except (TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise _damaged(directory, step, f"the list of arrays without entries cannot be used. {problem}")
+
+
+def _check_description(description: Any) -> None:
+    """Raises ``ValueError`` unless everything has the type with which it was written."""
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    checksums, ranks, metadata = (description.get(name) for name in ("checksums", "ranks", "metadata"))
+    if not isinstance(checksums, dict) or not all(is_count(value) for value in checksums.values()):
+        raise ValueError("The checksums are not one number for every array")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"The metadata is a {type(metadata).__name__}")
+    lists = isinstance(ranks, dict) and all(isinstance(value, list) for value in ranks.values())
+    if not lists or not all(is_count(entry) for value in ranks.values() for entry in value):
+        raise ValueError("The ranks are not lists of counts")
+
+
+def _check_links(directory: PathLike, step: int) -> None:
+    """Raises ``ValueError`` for a link that leads out of the checkpoints' directory: nothing there is read."""
+    home, folder = Path(directory).resolve(), Path(directory) / str(step)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise ValueError(
+                f"checkpoint {step} in {directory} has a link to {path.resolve()}, outside of it, and was not read: expected "
+                f"files alone. If it is meant, put what {path} leads to in its place"
+            )
 
 
 def _json_checksum(description: Mapping[str, Any]) -> int:
@@ -275,16 +308,19 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _free_axes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """For every array of a Tucker kernel, by path, the axes whose length is a capacity."""
-    free: dict[str, tuple[int, ...]] = {}
+def _free_axes(tree: Any) -> dict[str, dict[int, int]]:
+    """For every array of a Tucker kernel, by path, the axes whose length is a capacity, and the most that it can be."""
+    free: dict[str, dict[int, int]] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tucker):
         if is_tucker(node):
             order = len(node.factors)
             stacked = node.core.ndim - order
-            modes = tuple(stacked + mode for mode, factor in enumerate(node.factors) if factor is not None)
+            modes = {stacked + mode: u.shape[-2] for mode, u in enumerate(node.factors) if u is not None and u.ndim > 1}
             for inner, leaf in jax.tree_util.tree_leaves_with_path(node):
-                free[path_name((*path, *inner))] = modes if leaf is node.core else (leaf.ndim - 1,)
+                if leaf is node.core:
+                    free[path_name((*path, *inner))] = modes
+                elif leaf.ndim > 1:
+                    free[path_name((*path, *inner))] = {leaf.ndim - 1: leaf.shape[-2]}
     return free
 
 
@@ -349,12 +385,12 @@ def _check_names(where: str, wanted: set[str], stored: set[str]) -> None:
             )
 
 
-def _check_leaf(where: str, name: str, leaf: Any, stored: Any, free: tuple[int, ...]) -> None:
-    """Raises unless the stored array has the dtype and, on all axes that are not ``free``, the shape that is wanted."""
+def _check_leaf(where: str, name: str, leaf: Any, stored: Any, free: Mapping[int, int]) -> None:
+    """Raises unless the stored array has the dtype and the shape that is wanted; ``free`` axes have a highest length."""
     like = _data(leaf)
     expected, found = tuple(like.shape), tuple(stored.shape)
     if len(expected) != len(found) or any(
-        a != b for axis, (a, b) in enumerate(zip(expected, found)) if axis not in free
+        not 0 <= b <= free[axis] if axis in free else a != b for axis, (a, b) in enumerate(zip(expected, found))
     ):
         raise ValueError(
             f"{where}: leaf {name!r} has shape {found}, the given tree {expected}: was it saved from another model?"

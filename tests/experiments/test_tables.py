@@ -154,7 +154,17 @@ def test_statistics():
 
 
 def test_small_parts():
-    places = ("data_dir", "cache_dir", "run_dir", "resume", "save_every", "devices", "coordinator", "processes", "process")
+    places = (
+        "data_dir",
+        "cache_dir",
+        "run_dir",
+        "resume",
+        "save_every",
+        "devices",
+        "coordinator",
+        "processes",
+        "process",
+    )
     assert options_of({"options": {"epochs": 3, "run_dir": "/a"}}) == {
         name: 3 if name == "epochs" else value for name, value in TrainConfig().to_json().items() if name not in places
     }
