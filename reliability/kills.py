@@ -38,7 +38,18 @@ __all__ = ["PHASES", "Kill", "Moment", "kill_runs", "main"]
 PHASES = ("training", "compilation", "checkpoint", "capacity change")
 
 # LeNet5 on the embedded digits, whose ranks fall from epoch to epoch, so that its arrays change sizes.
-OPTIONS = ("--limit", "160", "--batch-size", "16", "--epochs", "6", "--learning-rate", "0.02", "--save-every", "4")
+OPTIONS: tuple[str, ...] = (
+    "--limit",
+    "160",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "6",
+    "--learning-rate",
+    "0.02",
+    "--save-every",
+    "4",
+)
 OPTIONS += ("--rank", "24", "--budget", "0.98", "--budget-epochs", "5")
 
 
@@ -93,7 +104,7 @@ def watch(moment: Moment) -> None:
     job._Job._train_epoch = saying("training", job._Job._train_epoch)  # type: ignore[method-assign]
     programs.Programs._compile = saying("compilation", programs.Programs._compile)  # type: ignore[method-assign]
     checkpoint.save = saying("checkpoint", checkpoint.save)
-    job.fit_arrays = saying("capacity change", arrays.fit_arrays)  # type: ignore[attr-defined]
+    job.fit_arrays = saying("capacity change", arrays.fit_arrays)
     plots.save_figure = lambda figure, directory, name: []
 
 
