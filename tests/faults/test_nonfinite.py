@@ -45,7 +45,7 @@ def program(setting, inner):
     inners = {
         "adam": lambda: optax.adam(0.05),
         "sgd": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.5, momentum=0.5),
-        "lion": lambda: optax.lion(0.05),  # a sign hides what overflows
+        "hiding": lambda: optax.chain(optax.zero_nans(), optax.sgd(0.05)),
     }
     tx = tdlrt(inners[inner](), tolerance=0.05, **options)
     return tx, tdlrt_step(loss_fn, tx, donate=False, **how)
@@ -88,12 +88,11 @@ def test_the_second_gradient_alone(setting, value):
     assert_left_out(step, params, tx.init(params), batch(second=value))
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf])
-def test_an_inner_transformation_may_hide_it(value):
-    """The sign of an infinite gradient is finite, and so is the step, but it stands for nothing."""
-    tx, step = program("bug", "lion")
+def test_an_inner_transformation_may_hide_it():
+    """Without the entries that are NaN a step would be finite, but there is no knowing what it stands for."""
+    tx, step = program("bug", "hiding")
     params = parameters()
-    for wrong in ({"second": value}, {"bias": value}):
+    for wrong in ({"first": np.nan}, {"second": np.nan}, {"bias": np.nan}):
         assert_left_out(step, params, tx.init(params), batch(**wrong))
 
 
@@ -125,7 +124,7 @@ def test_a_sum_that_overflows_although_both_terms_are_finite(setting):
 
 def test_what_was_infinite_from_the_start_is_no_fault():
     """A mask of -inf among the parameters, and the best value that a plateau schedule has seen."""
-    inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=2))
+    inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=2, accumulation_size=2))
     tx = tdlrt(inner, tolerance=0.0, integrator="parallel")
     params = parameters() | {"bias": jnp.array([-jnp.inf, 0.0, 0.0])}
 
@@ -139,6 +138,7 @@ def test_what_was_infinite_from_the_start_is_no_fault():
         return optax.apply_updates(params, updates), state, value
 
     after, state, value = step(params, tx.init(params))
+    assert state.inner[1].best_value == np.inf
     assert int(state.status) & SKIPPED == OK and int(state.step) == 1
     assert loss(after) < value and after["bias"][0] == -jnp.inf
 
@@ -166,7 +166,7 @@ def test_statistics_that_overflow(integrator):
 
 def test_parameters_without_a_kernel():
     params = {"bias": jnp.ones(3), "scale": jnp.float32(3e38)}
-    tx = tdlrt(optax.sgd(1.0, momentum=0.9), tolerance=0.1)
+    tx = tdlrt(optax.chain(optax.zero_nans(), optax.sgd(1.0, momentum=0.9)), tolerance=0.1)
     state = tx.init(params)
     for grads in (
         {"bias": jnp.array([1.0, jnp.nan, 1.0]), "scale": jnp.float32(0)},
