@@ -179,8 +179,8 @@ def find_states(opt_state: Any) -> list[TdlrtState]:
 
 
 def vetoed(loss: Array, before: Any, after: Any) -> Array:
-    """The loss, for :func:`tdlrt_jax.tdlrt` to judge a step by: NaN where the model's state would no longer be finite."""
-    return jnp.where(stays_finite(before, after), loss, jnp.nan)
+    """The loss, for :func:`tdlrt_jax.tdlrt` to judge a step by: infinite where the model's state would no longer be finite."""
+    return jnp.where(stays_finite(before, after), loss, jnp.inf)
 
 
 def combined_status(before: Any, after: Any, given: Any) -> Array:

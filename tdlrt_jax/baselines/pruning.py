@@ -175,7 +175,8 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     def is_none(node: Any) -> bool:
         return node is None
 
-    if jax.tree.structure(masks, is_leaf=is_none) != jax.tree.structure(tree, is_leaf=is_none):  # type: ignore[operator]
+    given: Any = jax.tree.structure(masks, is_leaf=is_none)
+    if given != jax.tree.structure(tree, is_leaf=is_none):
         raise ValueError(
             "masks has another structure than the tree: expected a mask, or None, for every leaf of the parameters"
         )

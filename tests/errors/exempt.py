@@ -28,7 +28,11 @@ REASONS = {
     _INNER: (
         *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
-        *("network.look_plain", "ranks.choose_rank", "ranks.tails", "ranks.thresholds", "rotation.khatri_rao"),
+        *(
+            f"inspection.{n}"
+            for n in ("adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite")
+        ),
+        *("tucker.magnitude", "ranks.choose_rank", "ranks.tails", "ranks.thresholds", "rotation.khatri_rao"),
         *(
             "rotation.principal_rotation",
             "rotation.randomized_rotation",
