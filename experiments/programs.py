@@ -20,6 +20,7 @@ from jax import Array
 import tdlrt_jax
 from experiments.batches import DeviceImages, Transform, evaluation_batches, standardize, training_batch
 from experiments.devices import ONE_DEVICE, Devices
+from experiments.memory import forget_traces
 from experiments.metrics import correct, cross_entropy
 from tdlrt_jax.status import SKIPPED
 
@@ -27,7 +28,7 @@ __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"
 
 
 Integer = Array | np.int32
-_KEPT = 4  # compiled programs
+_KEPT = 2  # compiled programs
 
 
 class TrainState(NamedTuple):
@@ -51,14 +52,13 @@ class StepReport(NamedTuple):
 class Programs:
     """``train(state, data, order, epoch, step)`` and ``evaluate(state, data)``.
 
-    ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the last few programs: each
-    takes megabytes of the host's memory, and sizes seldom come back.
+    ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the last two programs and
+    none of their traces: each takes megabytes of the host's memory, and sizes seldom come back.
 
     Args:
       step: what ``train`` compiles.
       evaluate: as called.
       devices: that share every batch.
-      forget: called when a program is dropped, to drop others made for the same sizes.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class Programs:
         step: Callable[..., tuple[TrainState, StepReport]],
         evaluate: Callable[..., tuple[float, float]],
         devices: Devices = ONE_DEVICE,
-        forget: Callable[[], None] = lambda: None,
     ):
         self.evaluate = evaluate
         self.compilations = 0
@@ -75,7 +74,6 @@ class Programs:
         # Said, since the partitioner might leave a part of the state where it was computed.
         self._step = jax.jit(step, donate_argnums=0, out_shardings=devices.same)
         self._compiled: dict[Any, Any] = {}  # by sizes of arrays, the one used last at the end
-        self._forget = forget
 
     def train(
         self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer
@@ -86,7 +84,6 @@ class Programs:
         self._compiled[sizes] = program
         if len(self._compiled) > _KEPT:
             del self._compiled[next(iter(self._compiled))]
-            self._forget()
         return program(state, data, order, epoch, index)
 
     def _compile(self, *arguments: Any) -> Any:
@@ -95,6 +92,8 @@ class Programs:
         self.compilations += 1
         self.compile_seconds += time.monotonic() - started
         self.memory = memory_of(program)
+        if self.compilations > 1:
+            forget_traces()
         return program
 
 
@@ -191,8 +190,7 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    forget = evaluate_batch.clear_cache  # type: ignore[attr-defined]  # jax's own types lack it
-    programs = Programs(step, evaluate, devices, forget=forget)
+    programs = Programs(step, evaluate, devices)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

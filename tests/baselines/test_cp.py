@@ -59,7 +59,7 @@ def test_factors_that_do_not_fit_are_refused():
     kernel = CPTensor(tuple(jnp.ones((n, 5)) for n in (3, 3, 4, 6)))
     with pytest.raises(ValueError, match=r"for x of shape \(1, 5, 5, 3\): expected .* with one R, and in = 3"):
         cp_conv(jnp.ones((1, 5, 5, 3)), kernel)
-    with pytest.raises(ValueError, match="rank=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="rank=0 must be a number of terms, 1 or more"):
         cp_normal(jax.random.key(0), (3, 3), 0, norm=1.0)
 
 

@@ -102,7 +102,9 @@ def test_masks_within_masks_and_impossible_densities(rng):
     first = masks_from_scores(scores, 0.5)
     second = masks_from_scores({"a": -scores["a"]}, 0.25, within=first)
     assert not (second["a"] & ~first["a"]).any() and int(second["a"].sum()) == 5
-    with pytest.raises(ValueError, match=r"density=0\.6 is above that of the masks to stay within, 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"density=0\.6 is above that of the masks to stay within: expected at most 0\.5"
+    ):
         masks_from_scores(scores, 0.6, within=first)
     with pytest.raises(ValueError, match="density=0: expected the part of the weights to keep"):
         masks_from_scores(scores, 0)
@@ -175,5 +177,5 @@ def test_nothing_to_prune_and_no_rounds_are_refused(problem):
     loss_fn, params, batch = problem
     with pytest.raises(ValueError, match="prunable selects no leaf of params"):
         snip_scores(loss_fn, params, *batch, prunable=lambda path, leaf: False)
-    with pytest.raises(ValueError, match="rounds=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="rounds=0 must be a number of removals, 1 or more"):
         next(iterative_magnitude_pruning(lambda r: r.params, params, density=0.5, rounds=0))

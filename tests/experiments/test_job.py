@@ -1,5 +1,6 @@
 """The training job through its real entry point: files, resuming, signals, errors, numbers that are not finite."""
 
+import gc
 import hashlib
 import json
 import os
@@ -359,8 +360,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
 class Small(nnx.Module):
     """One Tucker layer."""
 
-    def __init__(self, rngs):
-        self.linear = TuckerLinear(16, 3, rank=2, rngs=rngs)
+    def __init__(self, rngs, classes=3):
+        self.linear = TuckerLinear(16, classes, rank=2, rngs=rngs)
 
     def __call__(self, x):
         return self.linear(x.reshape(x.shape[0], -1))
@@ -389,6 +390,26 @@ def test_after_a_step_that_is_not_finite_nothing_moves(small):
     np.testing.assert_array_equal(kernel, before)
     assert int(state.opt_state.step) == 2 and not bool(state.healthy)
     assert compiled.compilations == 1
+
+
+def test_programs_of_other_array_sizes_leave_nothing_behind(small):
+    """Traces are dropped, the last two programs kept; training and evaluation go on as before."""
+    images, transform = small
+    tx = tdlrt_jax.tdlrt(optax.sgd(0.1), tolerance=0.01, integrator="fixed_rank")
+    compiled, state = programs.build_programs(Small(nnx.Rngs(0), classes=12), tx, transform, seed=0)
+    order, traces, losses = jnp.arange(12).reshape(3, 4), [], []
+    for capacity in (4, 5, 6, 7, 4, 7, 4, 6):
+        sizes = dict.fromkeys(tdlrt_jax.kernel_paths(state.params), (capacity, capacity))
+        state = state._replace(
+            params=tdlrt_jax.resize(state.params, sizes), opt_state=tdlrt_jax.resize(state.opt_state, sizes)
+        )
+        losses.append(compiled.evaluate(state, images)[0])
+        state, _ = compiled.train(jax.tree.map(jnp.copy, state), images, order, jnp.int32(0), jnp.int32(0))
+        gc.collect()
+        traces.append(sum(isinstance(found, jax.extend.core.Jaxpr) for found in gc.get_objects()))
+    assert compiled.compilations == 6  # not where a size comes back at once
+    assert max(traces[1:]) < traces[0] and len(set(traces[1:4])) == 1
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
 def test_plateau_looks_at_whole_epochs():

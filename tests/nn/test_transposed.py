@@ -174,9 +174,9 @@ def test_the_transposed_kernels_layer_is_the_transpose_of_the_convolution():
 
 def test_wrong_arguments_are_named():
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match=r"mask has shape \(3,\): expected the kernel's, \(2, 2, 6, 4\)"):
+    with pytest.raises(ValueError, match=r"mask is an array of shape \(3,\): expected .*, \(2, 2, 6, 4\)"):
         TuckerConvTranspose(4, 6, (2, 2), transpose_kernel=True, mask=jnp.ones(3), rngs=rngs)
-    with pytest.raises(ValueError, match="padding must be SAME, VALID, CIRCULAR"):
+    with pytest.raises(ValueError, match=r"padding=.* expected SAME, VALID, CIRCULAR"):
         TuckerConvTranspose(4, 6, (2, 2), padding="REFLECT", rngs=rngs)(jnp.ones((1, 3, 3, 4)))
     with pytest.raises(ValueError, match="rank=9 for mode 2"):
         TuckerConvTranspose(4, 6, (2, 2), rank=(2, 2, 9, 6), rngs=rngs)

@@ -141,15 +141,15 @@ def test_arrays_that_are_none(stranger, change, words):
     assert words in restored(directory, tree)
 
 
-def test_a_capacity_that_no_memory_holds(stranger):
+@pytest.mark.parametrize(("leaf", "shape"), [("w/core", (10**9, 10**9)), ("w/factors/0", (3, 10**12))])
+def test_a_capacity_that_no_memory_holds(stranger, leaf, shape):
     """The capacity of a kernel is the checkpoint's; it is no more than the mode's size."""
     directory, tree, _ = stranger
     store = stored(directory)
-    for name, shape in (("w.core", [10**9, 10**9]), ("w.factors.0", [3, 10**12])):
-        name = name.replace(".", "/") if store.read(f"{name.replace('.', '/')}/.zarray").result().value else name
-        layout = json.loads(store.read(f"{name}/.zarray").result().value)
-        store.write(f"{name}/.zarray", json.dumps({**layout, "shape": shape}).encode()).result()
-    assert "'w/core' has shape (1000000000, 1000000000)" in restored(directory, tree)
+    name = leaf if store.read(f"{leaf}/.zarray").result().value else leaf.replace("/", ".")
+    layout = json.loads(store.read(f"{name}/.zarray").result().value)
+    store.write(f"{name}/.zarray", json.dumps({**layout, "shape": shape}).encode()).result()
+    assert f"'{leaf}' has shape {shape}" in restored(directory, tree)
 
 
 def description(directory, change, seal=True):
