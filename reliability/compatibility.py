@@ -1,8 +1,8 @@
 """The tests on the oldest and the newest supported versions: ``python -m reliability.compatibility`` (``make compatibility``).
 
 For every Python there is an environment with the oldest versions that ``pyproject.toml`` allows, one with the newest there are,
-or both; the tests run in each as they are, with x64 on, and with flax's graph mode off and on. What is done at this commit is not
-done again, so an interrupted command goes on where it was.
+or both; the tests run in each as they are, and in the first and the last of them also with x64 on, and with flax's graph mode off
+and on (those tests that use flax). What is done at this commit is not done again, so an interrupted command goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "no-graph-mode": {"FLAX_NNX_GRAPH_MODE": "0", "FLAX_NNX_GRAPH_UPDATES": "0"},
     "graph-mode": {"FLAX_NNX_GRAPH_MODE": "1", "FLAX_NNX_GRAPH_UPDATES": "1"},
 }
+EXTREMES = (ENVIRONMENTS[0], ENVIRONMENTS[-1])  # where these are set
+FLAX = ["tests/nn", "tests/models", "tests/test_checkpoint.py", "tests/test_export.py", "tests/experiments/test_job.py"]
 
 # All tests; and those of everything that touches another library: transformations, modules, checkpoints, export, the main job.
 SELECTIONS: dict[str, list[str]] = {
@@ -138,7 +141,17 @@ def run_tests(python: Path, variables: dict[str, str], paths: list[str], paralle
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            "--durations=25",
+            *paths,
+        ]
         if parallel > 1:
             command += ["-n", str(parallel), "--dist", "loadfile"]
         environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", **variables}
@@ -163,6 +176,13 @@ def run_tests(python: Path, variables: dict[str, str], paths: list[str], paralle
     }
 
 
+def cells_of(selection: str) -> Iterator[tuple[Environment, str, list[str]]]:
+    """What there is to run: an environment, the name of a setting, and paths of tests (none: all)."""
+    for environment in ENVIRONMENTS:
+        for setting in SETTINGS if environment in EXTREMES else ("default",):
+            yield environment, setting, FLAX if setting.endswith("graph-mode") else SELECTIONS[selection]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs what is missing, prints a table's lines as they come, and returns 1 if a test failed anywhere."""
     parser = argparse.ArgumentParser(prog="python -m reliability.compatibility", description=__doc__.split("\n\n")[0])
@@ -180,32 +200,33 @@ def main(argv: list[str] | None = None) -> int:
     described = machine(["reliability.compatibility", *(sys.argv[1:] if argv is None else argv)])
     cells: dict[str, Any] = read_sealed(given.output)["cells"] if given.output.exists() else {}
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    for environment in ENVIRONMENTS:
-        python = None
-        for setting, variables in SETTINGS.items():
-            name = f"{environment.name}/{setting}"
-            if given.only not in name:
-                continue
-            done = cells.get(name, {})
-            if (done.get("commit"), done.get("tests")) != (described["commit"], given.tests):
-                try:
-                    python = python or prepare(environment, given.environments, console)
-                    log = given.environments / f"{name.replace('/', '-')}.log"
-                    found = run_tests(python, variables, SELECTIONS[given.tests], given.parallel, log)
-                except RuntimeError as error:
-                    console.print(f"error: {error}")
-                    return 2
-                done = {"commit": described["commit"], "tests": given.tests, **found, "versions": versions_of(python)}
-                cells[name] = {**done, "hardware": described["hardware"], "variables": variables}
-                write_sealed(given.output, {"cells": cells})
-            jax = done["versions"]["jax"]
-            console.print(
-                f"{name} (jax {jax}): {done['passed']} passed, {done['failed']} failed, {done['skipped']} skipped, "
-                f"{done['seconds']:.0f} s"
-            )
-            for failure in done["failures"]:
-                console.print(f"  {failure}", soft_wrap=True)
-            failed |= bool(done["failed"]) or done["exit_code"] != 0
+    pythons: dict[str, Path] = {}
+    for environment, setting, paths in cells_of(given.tests):
+        name = f"{environment.name}/{setting}"
+        if given.only not in name:
+            continue
+        done = cells.get(name, {})
+        if (done.get("commit"), done.get("paths")) != (described["commit"], paths):
+            try:
+                if environment.name not in pythons:
+                    pythons[environment.name] = prepare(environment, given.environments, console)
+                python = pythons[environment.name]
+                log = given.environments / f"{name.replace('/', '-')}.log"
+                found = run_tests(python, SETTINGS[setting], paths, given.parallel, log)
+            except RuntimeError as error:
+                console.print(f"error: {error}")
+                return 2
+            done = {"commit": described["commit"], "paths": paths, **found, "versions": versions_of(python)}
+            cells[name] = {**done, "hardware": described["hardware"], "variables": SETTINGS[setting]}
+            write_sealed(given.output, {"cells": cells})
+        jax = done["versions"]["jax"]
+        console.print(
+            f"{name} (jax {jax}): {done['passed']} passed, {done['failed']} failed, {done['skipped']} skipped, "
+            f"{done['seconds']:.0f} s"
+        )
+        for failure in done["failures"]:
+            console.print(f"  {failure}", soft_wrap=True)
+        failed |= bool(done["failed"]) or done["exit_code"] != 0
     return 1 if failed else 0
 
 

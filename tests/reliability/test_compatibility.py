@@ -25,8 +25,16 @@ def test_every_python_and_both_ends_are_covered():
 
 
 def test_selected_tests_are_there():
-    paths = [path for paths in compatibility.SELECTIONS.values() for path in paths]
+    paths = [path for paths in compatibility.SELECTIONS.values() for path in paths] + compatibility.FLAX
     assert paths and all((ROOT / path).exists() for path in paths)
+
+
+def test_every_setting_runs_on_the_oldest_and_the_newest_versions():
+    cells = [(environment.versions, setting, paths) for environment, setting, paths in compatibility.cells_of("all")]
+    for versions in ("oldest", "newest"):
+        assert {setting for found, setting, _ in cells if found == versions} == set(compatibility.SETTINGS)
+    assert all(paths == [] for _, setting, paths in cells if setting in ("default", "x64"))
+    assert len(cells) == 4 + 2 * 3
 
 
 def test_this_python_is_found_and_its_tests_are_counted(tmp_path):
