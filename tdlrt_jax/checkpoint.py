@@ -345,9 +345,15 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+_key_data = jax.jit(jax.random.key_data)  # once: jax keeps the trace of every function that eval_shape is given
+
+
 def _data(leaf: Any) -> Any:
     """Shape and dtype under which a leaf is stored: PRNG keys as their raw data."""
-    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else jax.eval_shape(jnp.asarray, leaf)
+    if _is_key(leaf):
+        return jax.eval_shape(_key_data, leaf)
+    shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
 
 
 def _to_host(leaf: Any) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Checkpoints: exact round trips, other capacities, true ranks, and errors that name the leaf."""
 
+import gc
+import inspect
 import shutil
 
 import jax
@@ -190,6 +192,19 @@ def test_an_interrupted_save_leaves_the_earlier_one(saved, monkeypatch):
     assert_equal(checkpoint.restore(directory, tree)[0], tree)
     checkpoint.save(directory, 4, tree, keep=2)
     assert sorted(path.name for path in directory.iterdir()) == ["3", "4"], "leftovers are cleaned up"
+
+
+def test_restoring_wraps_no_functions(saved):
+    """JAX keeps every function that it has wrapped, with its signature; training that saves often must not pile them up."""
+    directory, tree = saved
+
+    def signatures():
+        checkpoint.restore(directory, tree)
+        gc.collect()
+        return sum(isinstance(found, inspect.Signature) for found in gc.get_objects())
+
+    signatures()
+    assert signatures() == signatures()
 
 
 def test_no_checkpoint_at_all(tmp_path):
