@@ -1,14 +1,15 @@
-"""Memory of the host that programs take: what is not needed any more, given back."""
+"""Memory of the host that programs take: how much it is, and giving back what is not needed any more."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+from typing import Any
 
 import jax
 
-__all__ = ["forget_traces"]
+__all__ = ["forget_traces", "heap_in_use"]
 
 
 def forget_traces() -> None:
@@ -19,6 +20,45 @@ def forget_traces() -> None:
     """
     jax.clear_caches()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:  # glibc's: it keeps what a compilation has freed, a gigabyte and more, for a next one
+    trim = _glibc("malloc_trim")
+    if trim is not None:  # it keeps what a compilation has freed, a gigabyte and more, for a next one
         trim(0)
+
+
+def heap_in_use() -> int:
+    """Bytes that the C library has handed out and not got back; unlike those that are resident, without what is torn to pieces.
+
+    Returns:
+      0 elsewhere than with glibc 2.33 or later.
+    """
+    mallinfo = _glibc("mallinfo2")
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
+class _Mallinfo(ctypes.Structure):
+    """``struct mallinfo2``."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def _glibc(name: str) -> Any:
+    """A function of glibc; ``None`` where there is none."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

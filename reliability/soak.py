@@ -33,6 +33,7 @@ from experiments.arrays import fit_arrays
 from experiments.batches import epoch_order, to_device, transform_of
 from experiments.build import build_model
 from experiments.config import ModelConfig
+from experiments.memory import heap_in_use
 from experiments.process import start_over
 from experiments.programs import Programs, TrainState, build_programs
 from experiments.sealed import write_sealed
@@ -64,7 +65,9 @@ class Look(NamedTuple):
     compilations: int  # of the step so far
     changes: int  # of array sizes so far
     host_bytes: int  # of the process, resident
+    heap_bytes: int  # of these, what the C library has handed out (glibc's; 0 elsewhere)
     device_bytes: int  # of all live arrays, and of the allocator where the device has one
+    state_bytes: int  # of these, what training itself has at these array sizes
     arrays: int  # that are live
 
 
@@ -114,7 +117,7 @@ def growth(values: Sequence[float]) -> float:
     """
     quarter = len(values) // 4
     before = statistics.median(values[quarter : 2 * quarter])
-    return (statistics.median(values[-quarter:]) - before) / before
+    return (statistics.median(values[-quarter:]) - before) / before if before else 0.0
 
 
 def soak(minutes: float, directory: Path, *, seed: int = 0) -> Iterator[Look]:
@@ -182,7 +185,9 @@ def _look(state: TrainState, programs: Programs, changes: int, loss: float, step
         compilations=programs.compilations,
         changes=changes,
         host_bytes=_resident_bytes(),
+        heap_bytes=heap_in_use(),
         device_bytes=allocated or sum(array.nbytes for array in live),
+        state_bytes=sum(array.nbytes for array in jax.tree.leaves(state)),
         arrays=len(live),
     )
 
@@ -201,9 +206,10 @@ def summary(looks: list[Look]) -> dict[str, Any]:
         for name, found in ((name, [look.rank[name] for look in looks]) for name in looks[0].rank)
     }
     grown = {
-        # Arrays grow and shrink with the ranks: compared is what there was at equal moments of a swing, by medians.
         "host memory": (growth([look.host_bytes for look in looks]), 0.02),
-        "device memory": (growth([look.device_bytes for look in looks]), 0.02),
+        "heap in use": (growth([look.heap_bytes for look in looks]), 0.02),
+        # The state's arrays grow and shrink with the ranks.
+        "device memory beyond the state": (growth([look.device_bytes - look.state_bytes for look in looks]), 0.02),
         "live arrays": (growth([look.arrays for look in looks]), 0.0),
     }
     last = looks[-1]
@@ -222,6 +228,7 @@ def summary(looks: list[Look]) -> dict[str, Any]:
         "stored": {"least": min(look.stored for look in looks), "most": max(look.stored for look in looks)},
         "growth": {name: by for name, (by, _) in grown.items()},
         "host_bytes": {"first": looks[0].host_bytes, "last": last.host_bytes, "most": max(x.host_bytes for x in looks)},
+        "heap_bytes": {"first": looks[0].heap_bytes, "last": last.heap_bytes, "most": max(x.heap_bytes for x in looks)},
         "device_bytes": {"last": last.device_bytes, "most": max(look.device_bytes for look in looks)},
         "problems": problems,
     }

@@ -43,13 +43,18 @@ def test_other_ranks_than_reported_are_noticed(params):
 def look(index, **found):
     same = {"minutes": index, "step": index, "loss": 1.0, "tolerance": 0.1, "rank": {"kernel": [2 + index % 3, 2]}}
     same |= {"stored": 40, "deviation": 1e-7, "compilations": 3, "changes": 2, "host_bytes": 1000}
-    return soak.Look(**{**same, "device_bytes": 100, "arrays": 7, **found})
+    same |= {"heap_bytes": 300, "state_bytes": 60 + index % 7}
+    return soak.Look(**{**same, "device_bytes": 100 + index % 7, "arrays": 7, **found})
 
 
 def test_what_grows_is_named():
     assert soak.summary([look(i) for i in range(40)])["problems"] == []
     grown = soak.summary([look(i, host_bytes=1000 + 3 * i) for i in range(40)])
     assert grown["problems"] == ["host memory grew by 5.7%"]
+    grown = soak.summary([look(i, heap_bytes=300 + i) for i in range(40)])
+    assert [problem.split(" grew")[0] for problem in grown["problems"]] == ["heap in use"]
+    grown = soak.summary([look(i, device_bytes=100 + i % 7 + i) for i in range(40)])
+    assert [problem.split(" grew")[0] for problem in grown["problems"]] == ["device memory beyond the state"]
     assert soak.summary([look(i, arrays=7 + i) for i in range(40)])["problems"][0].startswith("live arrays grew")
     (problem,) = soak.summary([look(i, compilations=9) for i in range(40)])["problems"]
     assert problem == "9 compilations for 2 changes of array sizes"
@@ -69,3 +74,4 @@ def test_the_first_looks(tmp_path, monkeypatch):
     assert len({str(found.rank) for found in looks}) > 2
     assert len(list(tmp_path.iterdir())) == 2, "checkpoints"
     assert looks[-1].compilations <= looks[-1].changes + 1 and looks[-1].host_bytes > 1e7 and looks[-1].arrays > 10
+    assert all(found.heap_bytes < found.host_bytes and 0 < found.state_bytes < found.device_bytes for found in looks)

@@ -1,0 +1,40 @@
+"""What a process gives back to the system."""
+
+import ctypes
+import gc
+import sys
+import weakref
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.memory import forget_traces, heap_in_use
+
+
+def test_compiled_programs_stay_and_traces_go():
+    class Mark:
+        """Alive as long as the trace that has it as a static argument."""
+
+    marks = [Mark()]
+    found = weakref.ref(marks[0])
+    program = jax.jit(lambda x, mark: 2 * x, static_argnums=1).lower(1.0, marks.pop()).compile()
+    gc.collect()
+    assert found() is not None
+    forget_traces()
+    assert found() is None and float(program(jnp.float32(3.0))) == 6.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not heap_in_use(), reason="needs glibc")
+def test_what_is_handed_out_is_counted():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    before = heap_in_use()
+    block = libc.malloc(50_000_000)
+    assert 50_000_000 <= heap_in_use() - before < 51_000_000
+    libc.free(block)
+    assert abs(heap_in_use() - before) < 1_000_000
