@@ -15,13 +15,13 @@ __all__ = ["forget_traces", "heap_in_use"]
 def forget_traces() -> None:
     """Drops what JAX keeps of programs that it has traced, and gives the memory back to the system.
 
-    JAX keeps the trace of every program for every set of shapes, in case it is called so again; for steps whose arrays change
-    sizes that is up to 100 MiB each, and they seldom are. Compiled programs that somebody holds stay; others are traced again.
+    JAX keeps the trace of every program for every set of shapes, in case it is called so again. Steps whose arrays have changed
+    sizes seldom are, and each of their traces is large. Compiled programs that somebody holds stay; others are traced again.
     """
     jax.clear_caches()
     gc.collect()
     trim = _glibc("malloc_trim")
-    if trim is not None:  # it keeps what a compilation has freed, a gigabyte and more, for a next one
+    if trim is not None:  # it keeps what a compilation has freed for a next one
         trim(0)
 
 
