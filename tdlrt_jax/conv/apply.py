@@ -14,7 +14,7 @@ from tdlrt_jax.arguments import check_dtype, check_input, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve, sample_pixels
 from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
 from tdlrt_jax.conv.onepass import Application, apply_kernel
-from tdlrt_jax.conv.plans import PLANS, is_depthwise, plan_for, streamed_modes
+from tdlrt_jax.conv.plans import check_plan, is_depthwise, plan_for, streamed_modes
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
@@ -175,7 +175,6 @@ def _check_channels(x: Array, shape: tuple[int, ...], groups: int) -> None:
 
 
 def _check_plan(plan: str | None, shape: tuple[int, ...], groups: int) -> None:
-    if plan is not None and (not isinstance(plan, str) or plan not in PLANS):
-        raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
+    check_plan(plan, or_none=True)
     if plan not in (None, "dense") and is_depthwise(shape, groups):
         raise ValueError(f"plan must be 'dense' or None for a depthwise kernel (one in-channel a group), got {plan!r}")

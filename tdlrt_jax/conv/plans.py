@@ -76,8 +76,7 @@ _PASSES = 3  # a Work counts the overhead of a training step as that of three fo
 
 def streamed_modes(plan: str) -> tuple[bool, bool]:
     """Whether a plan streams the in-channels and the out-channels."""
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    check_plan(plan)
     return plan in ("factored", "merge_out"), plan in ("factored", "merge_in")
 
 
@@ -306,6 +305,13 @@ def _product_work(sizes: Sequence[int], goal: Sequence[int], modes: Sequence[int
         work += math.prod(sizes) * goal[mode]
         sizes[mode] = goal[mode]
     return work
+
+
+def check_plan(plan: Any, *, or_none: bool = False) -> None:
+    """Raises ``ValueError`` for anything but the name of a plan; ``None``, the library's choice, may be allowed."""
+    if (plan is None and or_none) or (isinstance(plan, str) and plan in PLANS):
+        return
+    raise ValueError(f"plan must be one of {', '.join(PLANS)}{' or None' if or_none else ''}, got {plan!r}")
 
 
 def check_rank(name: str, rank: Any) -> tuple[int | None, ...]:

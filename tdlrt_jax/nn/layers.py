@@ -25,8 +25,9 @@ from tdlrt_jax.arguments import (
     check_rngs,
     shown,
 )
-from tdlrt_jax.conv import PLANS, tucker_conv, tucker_linear
+from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.conv.geometry import PaddingLike, resolve, resolve_input
+from tdlrt_jax.conv.plans import check_plan
 from tdlrt_jax.initialization import Rank, initial_kernel
 from tdlrt_jax.tucker import TuckerTensor, to_dense
 
@@ -118,7 +119,7 @@ class TuckerConv(nnx.Module):
         kernel_size = check_layer(
             in_features, out_features, kernel_size, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs
         )
-        check_plan(plan)
+        check_plan(plan, or_none=True)
         check_integer("feature_group_count", feature_group_count, 1, "a number of groups")
         check_geometry(
             kernel_size,
@@ -127,7 +128,7 @@ class TuckerConv(nnx.Module):
             kernel_dilation=kernel_dilation,
             input_dilation=input_dilation,
         )
-        if feature_group_count < 1 or in_features % feature_group_count or out_features % feature_group_count:
+        if in_features % feature_group_count or out_features % feature_group_count:
             raise ValueError(
                 f"feature_group_count={feature_group_count} must divide in_features={in_features} and "
                 f"out_features={out_features}"
@@ -276,7 +277,7 @@ class TuckerLinear(nnx.Module):
         plan: str | None = None,
     ):
         check_layer(in_features, out_features, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs)
-        check_plan(plan)
+        check_plan(plan, or_none=True)
         kernel = initial_kernel(
             rngs.params(),
             (in_features, out_features),
@@ -364,12 +365,6 @@ def check_geometry(kernel_size: tuple[int, ...], *, transposed: bool = False, **
         resolve(kernel_size, (1,) * len(kernel_size), dilation=dilation, **options)
     except ValueError as error:
         raise ValueError(re.sub(r"^dilation ", "kernel_dilation ", str(error))) from None
-
-
-def check_plan(plan: Any) -> None:
-    """Raises ``ValueError`` for an unknown plan."""
-    if plan is not None and (not isinstance(plan, str) or plan not in PLANS):
-        raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
 
 
 def check_mask(mask: Any, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from tdlrt_jax.conv import conv_general_dilated
-from tdlrt_jax.conv.plans import PLANS, forward_plan, streamed_modes
+from tdlrt_jax.conv.plans import check_plan, forward_plan, streamed_modes
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, padding_of_flax
 from tdlrt_jax.nn.modules import replace_modules
@@ -65,8 +65,7 @@ def to_plain(model: Any, example: Any = None, *, plan: str | None = None, device
       >>> [stage.kernel.shape for stage in plain.layers]
       [(1, 1, 64, 16), (3, 3, 16, 16), (1, 1, 16, 64)]
     """
-    if plan is not None and plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)} or None, got {plan!r}")
+    check_plan(plan, or_none=True)
     check_parameters(model)
     copied = nnx.clone(model, graph=True)
     found = {path: module for path, module in nnx.iter_modules(copied, graph=True) if isinstance(module, _LAYERS)}

@@ -13,13 +13,13 @@ from jax.typing import DTypeLike
 
 from tdlrt_jax.conv import tucker_conv_transpose
 from tdlrt_jax.conv.geometry import PaddingLike
+from tdlrt_jax.conv.plans import check_plan
 from tdlrt_jax.initialization import Rank, initial_kernel
 from tdlrt_jax.nn.layers import (
     NO_METADATA,
     check_geometry,
     check_layer,
     check_mask,
-    check_plan,
     compute_inputs,
     default_bias_init,
     default_kernel_init,
@@ -89,7 +89,7 @@ class TuckerConvTranspose(nnx.Module):
         kernel_size = check_layer(
             in_features, out_features, kernel_size, dtype=dtype, param_dtype=param_dtype, bias_init=bias_init, rngs=rngs
         )
-        check_plan(plan)
+        check_plan(plan, or_none=True)
         check_geometry(kernel_size, transposed=True, strides=strides, padding=padding, kernel_dilation=kernel_dilation)
         channels = (out_features, in_features) if transpose_kernel else (in_features, out_features)
         self.kernel_shape = (*kernel_size, *channels)
