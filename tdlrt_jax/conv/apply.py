@@ -148,7 +148,7 @@ def _shape_and_rank(kernel: Any) -> tuple[tuple[int, ...], tuple[int | None, ...
             )
         return tuple(kernel.shape), None
     factors = kernel.U if isinstance(kernel, Frame) else kernel.factors
-    if not isinstance(factors, Sequence) or len(factors) < 2 or jnp.ndim(kernel.core) != len(factors):
+    if not isinstance(factors, Sequence) or len(factors) < 2 or np.ndim(kernel.core) != len(factors):
         raise ValueError(
             f"kernel must have a core of as many dimensions as factors, at least two, got a core of shape "
             f"{np.shape(kernel.core)} and the factors {shown(factors)}; map over stacked kernels with jax.vmap"
