@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["forget_traces", "heap_in_use"]
+__all__ = ["forget_traces", "give_back", "heap_in_use"]
 
 
 def forget_traces() -> None:
@@ -20,8 +20,13 @@ def forget_traces() -> None:
     """
     jax.clear_caches()
     gc.collect()
+    give_back()
+
+
+def give_back() -> None:
+    """Makes the C library return to the system what it holds and nobody uses; it keeps it for later otherwise (glibc only)."""
     trim = _glibc("malloc_trim")
-    if trim is not None:  # it keeps what a compilation has freed for a next one
+    if trim is not None:
         trim(0)
 
 

@@ -33,7 +33,7 @@ from experiments.arrays import fit_arrays
 from experiments.batches import epoch_order, to_device, transform_of
 from experiments.build import build_model
 from experiments.config import ModelConfig
-from experiments.memory import heap_in_use
+from experiments.memory import give_back, heap_in_use
 from experiments.process import start_over
 from experiments.programs import Programs, TrainState, build_programs
 from experiments.sealed import write_sealed
@@ -64,7 +64,7 @@ class Look(NamedTuple):
     deviation: float  # of the factors from orthonormality, largest entry
     compilations: int  # of the step so far
     changes: int  # of array sizes so far
-    host_bytes: int  # of the process, resident
+    host_bytes: int  # of the process, resident, once the C library has given back what is free
     heap_bytes: int  # of these, what the C library has handed out (glibc's; 0 elsewhere)
     device_bytes: int  # of all live arrays, and of the allocator where the device has one
     state_bytes: int  # of these, what training itself has at these array sizes
@@ -172,6 +172,7 @@ def _look(state: TrainState, programs: Programs, changes: int, loss: float, step
         raise RuntimeError(f"step {step}: {'; '.join(problems)}")
     kernels = tdlrt_jax.kernel_paths(host.params)
     live = jax.live_arrays()
+    give_back()
     statistics_ = [device.memory_stats() or {} for device in jax.local_devices()]
     allocated = sum(found.get("bytes_in_use", 0) for found in statistics_)
     return Look(
