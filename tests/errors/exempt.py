@@ -6,6 +6,7 @@ _ASKS = "answers for any object"
 _INNER = "a part of the step: its arguments are those of kernels that tdlrt has checked"
 _CHECKED = "given a geometry that resolve has checked"
 _DERIVED = "computed from a model that the caller has checked"
+_STORED = "a part of save and restore, which check what they are given"
 _CHECKER = "a check itself, with the argument's name as an argument: tests/errors shows it through its callers"
 _RAISED = "an error to be raised"
 
@@ -74,6 +75,17 @@ REASONS = {
         *(f"arguments.check_{n}" for n in ("array", "callable", "concrete", "dtype", "input", "integer", "integers")),
         *(f"arguments.check_{n}" for n in ("key", "mapping", "number", "path", "precision", "rngs", "shape")),
         "arguments.check_transformation",
+    ),
+    _STORED: (
+        *(f"checkpoint.damage.{n}" for n in ("damaged", "listed", "naming_leaves", "not_written")),
+        *(
+            f"checkpoint.description.{n}"
+            for n in ("check_metadata", "empty_arrays", "json_checksum", "read_description")
+        ),
+        *(f"checkpoint.directory.{n}" for n in ("check_links", "existing_step", "open_manager")),
+        *(f"checkpoint.leaves.{n}" for n in ("check_leaf", "check_names", "check_tree", "checksum", "free_axes")),
+        *(f"checkpoint.leaves.{n}" for n in ("kernel_ranks", "named_leaves", "stored_form", "to_device", "to_host")),
+        "checkpoint.leaves.younger",
     ),
     _RAISED: ("checkpoint.DamagedError",),
 }

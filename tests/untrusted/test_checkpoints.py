@@ -13,7 +13,7 @@ import tensorstore
 
 import tdlrt_jax
 from tdlrt_jax import checkpoint
-from tdlrt_jax.checkpoint import _json_checksum
+from tdlrt_jax.checkpoint.description import json_checksum
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -158,7 +158,7 @@ def description(directory, change, seal=True):
     content = json.loads(path.read_text())
     content.pop("checksum")
     change(content)
-    path.write_text(json.dumps({**content, "checksum": _json_checksum(content)} if seal else content))
+    path.write_text(json.dumps({**content, "checksum": json_checksum(content)} if seal else content))
 
 
 @pytest.mark.parametrize(

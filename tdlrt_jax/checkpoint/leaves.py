@@ -1,0 +1,157 @@
+"""The leaves of a tree under their paths: which of them may have which shape, and their way to the host and back."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tdlrt_jax.arguments import shown
+from tdlrt_jax.checkpoint.damage import listed
+from tdlrt_jax.optimizer import TdlrtState
+from tdlrt_jax.paths import path_name
+from tdlrt_jax.tucker import active_rank, is_tucker
+
+__all__ = [
+    "check_leaf",
+    "check_names",
+    "check_tree",
+    "checksum",
+    "free_axes",
+    "kernel_ranks",
+    "named_leaves",
+    "stored_form",
+    "to_device",
+    "to_host",
+    "younger",
+]
+
+_key_data = jax.jit(jax.random.key_data)  # once: jax keeps the trace of every function that eval_shape is given
+
+
+def check_tree(argument: str, tree: Any) -> None:
+    """Raises ``ValueError`` for a leaf that cannot be stored."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise ValueError(
+                f"{argument} has the leaf {path_name(path)!r}, {shown(leaf)}: expected arrays, scalars and PRNG keys"
+            )
+        if isinstance(leaf, np.ndarray) and leaf.dtype.hasobject:
+            raise ValueError(f"{argument} has the leaf {path_name(path)!r} of Python objects: expected numbers")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """All leaves by their path, in the order of the tree."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in named:
+            raise ValueError(f"two leaves have the path {name!r}: rename one of the containers' keys")
+        named[name] = leaf
+    return named
+
+
+def free_axes(tree: Any) -> dict[str, dict[int, int]]:
+    """For every array of a Tucker kernel, by path, the axes whose length is a capacity, and the most that it can be."""
+    free: dict[str, dict[int, int]] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tucker):
+        if is_tucker(node):
+            order = len(node.factors)
+            stacked = node.core.ndim - order
+            modes = {stacked + mode: u.shape[-2] for mode, u in enumerate(node.factors) if u is not None and u.ndim > 1}
+            for inner, leaf in jax.tree_util.tree_leaves_with_path(node):
+                if leaf is node.core:
+                    free[path_name((*path, *inner))] = modes
+                elif leaf.ndim > 1:
+                    free[path_name((*path, *inner))] = {leaf.ndim - 1: leaf.shape[-2]}
+    return free
+
+
+def kernel_ranks(tree: Any) -> dict[str, list[int]]:
+    """Ranks of the kernels; moments inside an optimizer state have the form of kernels, but no rank of their own."""
+
+    def is_leaf(node: Any) -> bool:
+        return is_tucker(node) or isinstance(node, TdlrtState)
+
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_name(path): np.asarray(active_rank(node)).tolist() for path, node in nodes if is_tucker(node)}
+
+
+def younger(tree: Any) -> set[str]:
+    """Paths of what checkpoints of earlier versions lack, and that starts as zero: the count of a :class:`TdlrtState`."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, TdlrtState))
+    skipped = jax.tree_util.GetAttrKey("skipped")
+    return {path_name((*path, skipped)) for path, node in nodes if isinstance(node, TdlrtState)}
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def stored_form(leaf: Any) -> Any:
+    """Shape and dtype under which a leaf is stored: PRNG keys as their raw data."""
+    if _is_key(leaf):
+        return jax.eval_shape(_key_data, leaf)
+    shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """The whole array, whichever devices and processes have it; of PRNG keys the raw data."""
+    array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+    if not (array.is_fully_addressable or array.is_fully_replicated):  # parts of it are in other processes
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def to_device(array: np.ndarray, like: Any) -> Any:
+    """Back to where, and as what, ``like`` is."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+    sharding = getattr(like, "sharding", None)
+    # Another capacity may not divide evenly among devices; then the default device holds it and the caller places it.
+    if sharding is None or like.shape != array.shape:
+        return jax.device_put(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def checksum(array: np.ndarray) -> int:
+    """Of the bytes."""
+    return zlib.crc32(array.tobytes())
+
+
+def check_names(where: str, wanted: set[str], stored: set[str]) -> None:
+    """Raises ``ValueError`` for leaves that are missing or left over."""
+    for names, text in (
+        (wanted - stored, "lacks"),
+        (stored - wanted, "has, without a place for it in the given tree,"),
+    ):
+        if names:
+            raise ValueError(
+                f"{where} {text} {listed(sorted(names))}: was it saved from another model, or with another optimizer or other "
+                "options of it? Build the given tree as it was built then"
+            )
+
+
+def check_leaf(where: str, name: str, leaf: Any, stored: Any, free: Mapping[int, int]) -> None:
+    """Raises unless the stored array has the dtype and the shape that is wanted; ``free`` axes have a highest length."""
+    like = stored_form(leaf)
+    expected, found = tuple(like.shape), tuple(stored.shape)
+    if len(expected) != len(found) or any(
+        not 0 <= b <= free[axis] if axis in free else a != b for axis, (a, b) in enumerate(zip(expected, found))
+    ):
+        raise ValueError(
+            f"{where}: leaf {name!r} has shape {found}, the given tree {expected}: was it saved from another model?"
+        )
+    if np.dtype(stored.dtype) != np.dtype(like.dtype):
+        raise ValueError(
+            f"{where}: leaf {name!r} has dtype {stored.dtype}, the given tree {like.dtype}: build it with "
+            "the dtype that was saved, and cast what comes back"
+        )
