@@ -98,11 +98,12 @@ class _Step:
         import jax.numpy as jnp
         from rich.console import Console
 
-        from experiments import data, job
+        from experiments import data
         from experiments.batches import epoch_order
         from experiments.config import LOCATIONS, from_json
         from experiments.interruption import Interruption
         from experiments.run_directory import RunDirectory
+        from experiments.training import Training
 
         stored = RunDirectory(directory).result()
         if stored is None:
@@ -116,7 +117,7 @@ class _Step:
             validation=config.data.validation,
             limit=config.data.limit,
         )
-        work = job._Job(config, loaded, Console(quiet=True), Interruption())
+        work = Training(config, loaded, Console(quiet=True), Interruption())
         self.programs, self.train = work.programs, work.train
         work.restore_state(RunDirectory(directory).checkpoints)
         self.state = work.state

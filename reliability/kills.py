@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 # All that a run imports, so that a fork of this process starts at once; nothing here may compute with JAX.
-from experiments import arrays, job, plots, programs, train
+from experiments import arrays, plots, programs, train, training
 from experiments.process import start_over
 from experiments.sealed import read_sealed, write_sealed
 from reliability.report import CLOCK, machine
@@ -101,10 +101,10 @@ def watch(moment: Moment) -> None:
 
         return wrapped
 
-    job._Job._train_epoch = saying("training", job._Job._train_epoch)  # type: ignore[method-assign]
+    training.Training._train_epoch = saying("training", training.Training._train_epoch)  # type: ignore[method-assign]
     programs.Programs._compile = saying("compilation", programs.Programs._compile)  # type: ignore[method-assign]
     checkpoint.save = saying("checkpoint", checkpoint.save)
-    job.fit_arrays = saying("capacity change", arrays.fit_arrays)
+    training.fit_arrays = saying("capacity change", arrays.fit_arrays)
     plots.save_figure = lambda figure, directory, name: []
 
 

@@ -22,10 +22,11 @@ from flax import nnx
 from PIL import Image
 
 import tdlrt_jax
-from experiments import batches, data, job, metrics, plots, programs, train
+from experiments import batches, data, metrics, plots, programs, train
 from experiments.build import build_descent, build_model, build_optimizer, learning_rate
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.display import Display
+from experiments.interruption import Interruption
 from tdlrt_jax import checkpoint
 from tdlrt_jax.nn import TuckerLinear
 
@@ -491,7 +492,7 @@ def test_models_follow_the_options():
 
 def test_interruption_restores_handlers():
     before = signal.getsignal(signal.SIGTERM)
-    with job.Interruption() as interruption:
+    with Interruption() as interruption:
         assert interruption.exit_code == 0
         signal.raise_signal(signal.SIGTERM)
         assert interruption.exit_code == 143

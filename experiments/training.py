@@ -1,0 +1,405 @@
+"""One stretch of training, from the start or from a checkpoint: its epochs, and what is noted and saved after each."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments import data
+from experiments.arrays import fit_arrays, full_layers, pressing_note
+from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
+from experiments.build import build_descent, build_model, build_optimizer, kinds_of, learning_rate
+from experiments.config import TrainConfig
+from experiments.devices import ONE_DEVICE, Devices
+from experiments.display import Display
+from experiments.endings import Ending, NotFiniteError, Outcome
+from experiments.events import EventFile
+from experiments.interruption import Interruption
+from experiments.metrics import Layer, layers, singular_values
+from experiments.programs import Programs, StepReport, TrainState, build_programs
+from experiments.pruning import Pruning
+from experiments.records import Sums, network_record, scalars, truncation_record
+from experiments.run_directory import RunDirectory, RunDirectoryError
+from tdlrt_jax import checkpoint
+from tdlrt_jax.capacity import array_bytes
+from tdlrt_jax.status import RANK_AT_CAPACITY
+
+__all__ = ["Training"]
+
+# Steps that may be under way before the host looks at the first of them: enough that none waits for the host, few enough
+# that a signal is answered soon.
+_AHEAD = 4
+_KEEP = 2  # checkpoints
+
+
+class Training:
+    """One stretch of training, from the start or from a checkpoint."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: data.Dataset,
+        console: Console,
+        interruption: Interruption,
+        devices: Devices = ONE_DEVICE,
+    ):
+        self.config, self.console, self.interruption, self.devices = config, console, interruption, devices
+        self.stop: signal.Signals | None = None  # what all processes have heard of
+        count, batch = len(loaded.train.labels), config.optimizer.batch_size
+        if count < batch:
+            raise ValueError(f"--batch-size {batch}: there are only {count} training images")
+        self.loaded = loaded
+        self.steps_per_epoch = count // batch
+        self.train = to_device(loaded.train)
+        model = build_model(config.model, loaded, config.run.seed)
+        self.kinds = kinds_of(model)
+        self.adaptive = config.model.parts.adaptive
+        self.pruning: Pruning | None = None
+        transform = transform_of(loaded, crop=config.data.crop, flip=config.data.flip)
+        if self.adaptive:
+            tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
+        else:
+            tx = build_descent(config.optimizer, self.steps_per_epoch)
+        if config.model.parts.pruning:
+            self.pruning = Pruning(config, self.kinds, tx)
+            tx = self.pruning.optimizer(model, self.train, transform)
+        self.programs: Programs
+        self.state: TrainState
+        self.programs, self.state = build_programs(
+            model, tx, transform, seed=config.run.seed, adaptive=self.adaptive, devices=devices
+        )
+        if self.pruning is not None:
+            self.pruning.remember(self.state.params, self.state.model_state)
+            self.state = self.state._replace(params=self.pruning.start(self.state.params, self.state.opt_state))
+        self.state, self.train = devices.replicate((self.state, self.train))
+        self.held_out: dict[str, DeviceImages] = {"test": devices.replicate(to_device(loaded.test))}
+        if loaded.validation is not None:
+            self.held_out["validation"] = devices.replicate(to_device(loaded.validation))
+        self.epoch = 0  # epochs completed
+        self.sums = Sums()
+        self.status = 0  # flags of all steps since then
+        self.history: list[dict[str, Any]] = []
+
+    def run(self, directory: RunDirectory) -> Outcome:
+        """Trains to the end, or until a signal, a number that is not finite, or a file that cannot be written."""
+        self.directory = directory
+        self.ending = Ending(self.config, directory, self.console, self.steps_per_epoch)
+        if self.config.run.resume:
+            self._restore()
+        self._announce()
+        try:
+            return self._train()
+        except OSError as error:
+            return self.ending.cannot_write(error, self.epoch)
+
+    def _announce(self) -> None:
+        sizes = f"{len(self.loaded.train.labels):,} training and {len(self.loaded.test.labels):,} test images"
+        start = f"continuing after step {self._global_step()}" if self.config.run.resume else "starting"
+        model = self.config.model
+        on = f"; {self.devices}" if self.devices.count > 1 else ""
+        self.console.print(
+            f"{model.model} ({model.method}) on {self.loaded.source}: {sizes}{on}; {start}; files in {self.directory.path}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def _train(self) -> Outcome:
+        """All epochs that are left."""
+        purge_step = self._global_step() + 1 if self.config.run.resume else None
+        writer = EventFile(self.directory.tensorboard, purge_step) if self.devices.leads else None
+        epochs = self.config.epochs
+        try:
+            with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
+                while self.epoch < epochs:
+                    if not self._train_epoch(display):
+                        return self._interrupted()
+                    self._close_epoch(display, writer)
+                    self._hear(self._heard())
+                    if self.stop is not None and self.epoch < epochs:
+                        return self._interrupted()
+        except NotFiniteError as error:
+            return self._not_finite(error)
+        finally:
+            if writer is not None:
+                writer.close()
+        return self._finish()
+
+    # One epoch.
+
+    def _train_epoch(self, display: Display) -> bool:
+        """The steps of an epoch that are left to do; ``False`` if a signal ended it early."""
+        order = epoch_order(
+            self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
+        )
+        order = self.devices.replicate(order)
+        epoch, under_way = np.int32(self.epoch), collections.deque[tuple[StepReport, Any]]()
+        between = (self.config.run.evaluate_every, self.config.run.save_every)
+        mark = self._mark()
+        try:
+            while (step := self.sums.steps + len(under_way)) < self.steps_per_epoch:
+                heard = self._heard()
+                if self.stop is not None:
+                    break
+                self.state, report = self.programs.train(self.state, self.train, order, epoch, np.int32(step))
+                under_way.append((report, heard))
+                if len(under_way) > _AHEAD:
+                    self._read(under_way, display)
+                done = self.epoch * self.steps_per_epoch + step + 1
+                evaluate, save = (every is not None and done % every == 0 for every in between)
+                while under_way and (evaluate or save or step + 1 == self.steps_per_epoch):
+                    self._read(under_way, display)
+                if self.sums.steps == step + 1:  # else steps are to be taken again
+                    if evaluate:
+                        self._evaluate_between()
+                    if save and step + 1 < self.steps_per_epoch:
+                        self._count_since(mark)
+                        self._save()
+                        mark = self._mark()
+            while under_way:
+                self._read(under_way, display)
+        finally:
+            self._count_since(mark)
+        return self.sums.steps == self.steps_per_epoch
+
+    def _mark(self) -> tuple[float, int, float]:
+        return time.monotonic(), self.programs.compilations, self.programs.compile_seconds
+
+    def _count_since(self, mark: tuple[float, int, float]) -> None:
+        """Adds the time and the compilations since a mark to those of the epoch."""
+        seconds, compilations, compile_seconds = (now - then for now, then in zip(self._mark(), mark))
+        self.sums.seconds += seconds
+        self.sums.compilations += int(compilations)
+        self.sums.compile_seconds += compile_seconds
+
+    def _heard(self) -> Any:
+        """A signal that any process has had, as a number; known at once where there is one, else with the step's report."""
+        number = self.devices.largest(self.interruption.signal or 0)
+        if isinstance(number, int):
+            self._hear(number)
+        return number
+
+    def _hear(self, number: Any) -> None:
+        if self.stop is None and int(number):
+            self.stop = signal.Signals(int(number))
+
+    def _read(self, under_way: collections.deque[tuple[StepReport, Any]], display: Display) -> None:
+        """Waits for a step and adds its numbers up, or leaves it out."""
+        report, heard = under_way.popleft()
+        loss, hits, finite, status = jax.device_get(report)
+        self._hear(heard)
+        if not finite:
+            self._leave_out(under_way, float(loss), int(status))
+            return
+        self.sums.steps += 1
+        self.sums.skipped_in_a_row = 0
+        self.sums.loss += float(loss)
+        self.sums.correct += int(hits)
+        display.step(self.epoch + 1, self._global_step(), float(loss))
+        self.sums.pressing_steps += bool(status & RANK_AT_CAPACITY)
+        self.status |= int(status)
+
+    def _leave_out(self, under_way: collections.deque[tuple[StepReport, Any]], loss: float, status: int) -> None:
+        """Goes on after a step that changed nothing, if it may; those under way changed nothing either, and are taken again."""
+        if self.sums.skipped_in_a_row >= self.config.optimizer.skip_nonfinite:
+            raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, loss, status)
+        while under_way:
+            self._hear(under_way.popleft()[1])
+        self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
+        self.sums.steps += 1
+        self.sums.skipped += 1
+        self.sums.skipped_in_a_row += 1
+
+    def _evaluate_between(self) -> None:
+        """A point of the curve of ``--evaluate-every``."""
+        started = time.monotonic()
+        test_loss, test_accuracy = self.programs.evaluate(self.state, self.held_out["test"])
+        self.sums.seconds -= time.monotonic() - started  # an epoch's seconds are those of its steps
+        self.sums.add_point(self._global_step(), self.config.optimizer.batch_size, test_loss, test_accuracy)
+
+    def _close_epoch(self, display: Display, writer: EventFile | None) -> None:
+        """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
+        record = self._record()
+        if self.devices.leads:
+            self.directory.append(record)
+        self.history.append(record)
+        display.epoch(record)
+        if record["pressing"]:
+            self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
+        if writer is not None:
+            writer.scalars(scalars(record), record["step"])
+        if self.adaptive and self.config.tdlrt.resize:
+            here = self._here()
+            fitted = fit_arrays(here, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
+            if fitted is not here:
+                self.state = self.devices.replicate(fitted)
+            self.status &= ~RANK_AT_CAPACITY
+        self.epoch, self.sums = self.epoch + 1, Sums(skipped_in_a_row=self.sums.skipped_in_a_row)
+        if self.pruning is not None and self.pruning.rounds:
+            self._close_round(self.pruning)
+        self._save()
+
+    def _close_round(self, pruning: Pruning) -> None:
+        """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""
+        if self.epoch == self.config.pruning.rewind_epochs:
+            here = self._here()
+            pruning.remember(here.params, here.model_state)
+        done, rest = divmod(self.epoch, self.config.optimizer.epochs)
+        if rest == 0 and self.epoch < self.config.epochs:
+            here = self._here()
+            start = pruning.next_round(here.params, here.opt_state, done)
+            self.state = self.devices.replicate(TrainState(*start, healthy=jnp.bool_(True)))
+            self.console.print(
+                f"Round {done} of {pruning.rounds} is done: the smallest weights are pruned, the rest rewound."
+            )
+
+    def _record(self) -> dict[str, Any]:
+        started = time.monotonic()
+        taken = max(self.sums.taken, 1)  # where all were left out
+        images = taken * self.config.optimizer.batch_size
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self._global_step(),
+            "train_loss": self.sums.loss / taken,
+            "train_accuracy": self.sums.correct / images,
+        }
+        for name, images_ in self.held_out.items():
+            record[f"{name}_loss"], record[f"{name}_accuracy"] = self.programs.evaluate(self.state, images_)
+        done, epoch = divmod(self.epoch, self.config.optimizer.epochs)
+        if self.pruning is not None and self.pruning.rounds:
+            record["round"] = done + 1
+        step = (epoch + 1) * self.steps_per_epoch
+        here = self._here()
+        opt_state = jax.device_get(here.opt_state)
+        record |= network_record(here.params, self._layers())
+        record |= {
+            "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, step, opt_state),
+            # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
+            "pressing": full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
+            "pressing_steps": self.sums.pressing_steps,
+            "skipped_steps": self.sums.skipped,
+            "seconds": self.sums.seconds,
+            "evaluation_seconds": time.monotonic() - started,
+            "compilations": self.sums.compilations,
+            "compile_seconds": self.sums.compile_seconds,
+            # Of the step just compiled, and of what training keeps on the device between steps.
+            "step_memory": dict(self.programs.memory),
+            "state_bytes": array_bytes((here.params, here.opt_state)),
+        }
+        if self.adaptive:
+            record |= truncation_record(opt_state)
+        if self.config.run.evaluate_every is not None:
+            record["curve"] = self.sums.points
+        return record
+
+    def _here(self) -> TrainState:
+        """The state as one device of this process has it, for the host's work."""
+        return self.devices.local(self.state)
+
+    def _layers(self) -> list[Layer]:
+        here = self._here()
+        return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
+
+    # Checkpoints.
+
+    def _global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.sums.steps
+
+    def _save(self) -> None:
+        step = self._global_step()
+        if step not in checkpoint.all_steps(self.directory.checkpoints):
+            metadata = {
+                "epoch": self.epoch,
+                "sums": dataclasses.asdict(self.sums),
+                "status": self.status,
+                "history": self.history,  # metrics.jsonl, should that be damaged
+            }
+            checkpoint.save(self.directory.checkpoints, step, self._stored(), metadata, keep=_KEEP)
+
+    def _stored(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        rewind = {} if self.pruning is None or not self.pruning.rounds else {"rewind": self.pruning.rewind}
+        return self.state._asdict() | rewind
+
+    def restore_state(self, checkpoints: Path, step: int | None = None) -> dict[str, Any]:
+        """Takes the state of a checkpoint in a directory, by default of the last; returns what was saved with it."""
+        stored, metadata = checkpoint.restore(checkpoints, self._stored(), step)
+        if "rewind" in stored and self.pruning is not None:
+            self.pruning.rewind = stored.pop("rewind")
+        # Arrays of other sizes than at the start come back on the default device.
+        self.state = self.devices.replicate(self.devices.local(TrainState(**stored)))
+        return metadata
+
+    def _restore(self) -> None:
+        """Continues from the last checkpoint that is not damaged; a run stopped before its first one starts anew."""
+        metadata = self._restore_last_good()
+        if metadata is not None:
+            self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
+            self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
+        self.history = (metadata or {}).get("history") or []
+        if self.devices.leads:
+            if len(self.history) == self.epoch:
+                self.directory.write_history(self.history)
+            else:  # a checkpoint of an earlier version
+                self.history = self.directory.cut_history(self.epoch)
+
+    def _restore_last_good(self) -> dict[str, Any] | None:
+        """Restores the last checkpoint that is not damaged, puts those after it aside, and returns what was saved with it.
+
+        Raises:
+          RunDirectoryError: if there are checkpoints, and all of them are damaged.
+        """
+        damaged: dict[int, checkpoint.DamagedError] = {}
+        metadata = None
+        steps = checkpoint.all_steps(self.directory.checkpoints)
+        for step in reversed(steps):
+            try:
+                metadata = self.restore_state(self.directory.checkpoints, step)
+                break
+            except checkpoint.DamagedError as error:
+                damaged[step] = error
+        if steps and metadata is None:
+            problems = "\n".join(f"  {problem}" for problem in damaged.values())
+            raise RunDirectoryError(
+                f"no checkpoint of {self.directory.path} can be read:\n{problems}\n"
+                "Start the run anew in another --run-dir. Nothing was changed"
+            )
+        self.devices.wait()  # until all processes have read
+        for step, problem in damaged.items():
+            aside = f"Kept as {self.directory.put_aside(f'checkpoints/{step}')}" if self.devices.leads else ""
+            self.console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
+        return metadata
+
+    # Ends.
+
+    def _interrupted(self) -> Outcome:
+        self._save()
+        assert self.stop is not None
+        return self.ending.interrupted(self.stop, self.epoch, self.sums.steps)
+
+    def _not_finite(self, error: NotFiniteError) -> Outcome:
+        """The state is that of before such a step, since it changes nothing."""
+        # Healthy again: a run that is resumed meets the same step, and stops there again.
+        self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
+        self._save()
+        return self.ending.not_finite(error)
+
+    def _finish(self) -> Outcome:
+        if not self.devices.leads:
+            return Outcome(0, self.directory.path, None)
+        images = {name: held_out.labels.shape[0] for name, held_out in self.held_out.items()}
+        return self.ending.finished(
+            self.history,
+            self._layers(),
+            data={"data": self.loaded.source, "images": {"train": len(self.loaded.train.labels), **images}},
+            spectra=singular_values(self._here().params),
+            status=self.status,
+        )
