@@ -25,7 +25,7 @@ def network(seed=0, rank=2, capacity=None, features=5):
             "bias": jnp.arange(float(features)),
         },
         "linear": {"kernel": tdlrt_jax.hosvd(jax.random.normal(keys[1], (8, 6)), rank=rank)},
-        "scale": jax.random.normal(keys[2], ()),
+        "scale": jax.random.normal(keys[2], (), "float32"),
     }
     return params if capacity is None else tdlrt_jax.resize(params, {"linear/kernel": (capacity, capacity)})
 

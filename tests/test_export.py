@@ -34,7 +34,7 @@ class Net(nnx.Module):
 
 @pytest.fixture(scope="module")
 def x():
-    return jax.random.normal(jax.random.key(1), (4, 6, 6, 3))
+    return jax.random.normal(jax.random.key(1), (4, 6, 6, 3), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +209,9 @@ def test_a_model_that_needs_its_batch_size_says_what_to_do():
         return x if x.shape[0] > 1 else 2 * x
 
     with pytest.raises(ValueError, match=r"does not work with an open batch dimension.*any_batch=False"):
-        export.serialize(fixed, jnp.ones((1, 3)))
+        export.serialize(fixed, jnp.ones((1, 3), "f"))
     assert (
-        export.deserialize(export.serialize(fixed, jnp.ones((1, 3)), any_batch=False))(np.ones((1, 3), "f")).sum() == 6
+        export.deserialize(export.serialize(fixed, jnp.ones((1, 3), "f"), any_batch=False))(np.ones((1, 3), "f")).sum() == 6
     )
 
 
