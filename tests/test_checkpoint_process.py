@@ -37,10 +37,10 @@ def golden_tree(rank=2, capacity=None):
     keys = jax.random.split(jax.random.key(7), 2)
     params = {
         "conv": {
-            "kernel": tdlrt_jax.hosvd(jax.random.normal(keys[0], (3, 3, 4, 6)), rank=(rank, None, rank, rank)),
-            "bias": jnp.zeros(6),
+            "kernel": tdlrt_jax.hosvd(jax.random.normal(keys[0], (3, 3, 4, 6), "float32"), rank=(rank, None, rank, rank)),
+            "bias": jnp.zeros(6, "float32"),
         },
-        "linear": {"kernel": tdlrt_jax.hosvd(jax.random.normal(keys[1], (6, 5)), rank=rank)},
+        "linear": {"kernel": tdlrt_jax.hosvd(jax.random.normal(keys[1], (6, 5), "float32"), rank=rank)},
     }
     if capacity is not None:
         sizes = {

@@ -466,7 +466,7 @@ def test_linear(x64, rng):
 
 @pytest.mark.parametrize("x_shape", [(0, 6, 5, 4), (2, 1, 1, 4)])
 def test_degenerate_images(x_shape, rng):
-    x, kernel = jnp.asarray(rng.normal(size=x_shape)), random_kernel(rng, (3, 3, 4, 6), (2, 2, 3, 3), np.float32)
+    x, kernel = jnp.asarray(rng.normal(size=x_shape), "f"), random_kernel(rng, (3, 3, 4, 6), (2, 2, 3, 3), np.float32)
     for plan in PLANS:
         assert_close(tucker_conv(x, kernel, plan=plan), reference_conv(x, to_dense(kernel)), 1e-5)
     empty = tucker_conv(jnp.ones((2, 2, 2, 4)), kernel, padding="VALID")

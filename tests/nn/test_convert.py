@@ -247,7 +247,7 @@ def test_every_argument_and_all_metadata_are_kept():
         kernel_dilation=(2, 1),
         input_dilation=2,
         feature_group_count=2,
-        mask=jnp.tril(jnp.ones((3, 2, 2, 6))),
+        mask=jnp.tril(jnp.ones((3, 2, 2, 6), "float32")),
         conv_general_dilated=convolution,
         **common,
     )
@@ -257,7 +257,7 @@ def test_every_argument_and_all_metadata_are_kept():
     for layer in (conv, linear):
         tucker = tuckerize(layer, {".*": None})
         back = densify(tucker)
-        x = images(channels=4)
+        x = images(channels=4).astype("float32")
         calls.clear()
         expected, found, again = layer(x), tucker(x), back(x)
         assert len(calls) == 6
@@ -338,7 +338,7 @@ def test_models_that_cannot_be_converted():
     broken = nnx.Linear(2, 2, kernel_init=lambda *_: jnp.array([[1.0, jnp.nan], [1, 1]]), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="layer '': its weights are not all finite"):
         tuckerize(broken, {".*": 1})
-    whole = nnx.Linear(2, 2, kernel_init=lambda *_: jnp.ones((2, 2), int), rngs=nnx.Rngs(0))
+    whole = nnx.Linear(2, 2, kernel_init=lambda *_: jnp.ones((2, 2), "int32"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="layer '': weights of dtype int32"):
         tuckerize(whole, {".*": 1})
 
