@@ -42,6 +42,7 @@ python_maximum_signature_line_length = 100
 PACKAGES = (
     "tdlrt_jax",
     "tdlrt_jax.baselines",
+    "tdlrt_jax.checkpoint",
     "tdlrt_jax.conv",
     "tdlrt_jax.dynamics",
     "tdlrt_jax.integrators",
