@@ -37,7 +37,9 @@ def golden_tree(rank=2, capacity=None):
     keys = jax.random.split(jax.random.key(7), 2)
     params = {
         "conv": {
-            "kernel": tdlrt_jax.hosvd(jax.random.normal(keys[0], (3, 3, 4, 6), "float32"), rank=(rank, None, rank, rank)),
+            "kernel": tdlrt_jax.hosvd(
+                jax.random.normal(keys[0], (3, 3, 4, 6), "float32"), rank=(rank, None, rank, rank)
+            ),
             "bias": jnp.zeros(6, "float32"),
         },
         "linear": {"kernel": tdlrt_jax.hosvd(jax.random.normal(keys[1], (6, 5), "float32"), rank=rank)},

@@ -210,9 +210,8 @@ def test_a_model_that_needs_its_batch_size_says_what_to_do():
 
     with pytest.raises(ValueError, match=r"does not work with an open batch dimension.*any_batch=False"):
         export.serialize(fixed, jnp.ones((1, 3), "f"))
-    assert (
-        export.deserialize(export.serialize(fixed, jnp.ones((1, 3), "f"), any_batch=False))(np.ones((1, 3), "f")).sum() == 6
-    )
+    program = export.deserialize(export.serialize(fixed, jnp.ones((1, 3), "f"), any_batch=False))
+    assert program(np.ones((1, 3), "f")).sum() == 6
 
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, tmp_path):
