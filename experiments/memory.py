@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["forget_traces", "give_back", "heap_in_use"]
+__all__ = ["forget_traces", "give_back", "heap_in_use", "resident_bytes"]
 
 
 def forget_traces() -> None:
@@ -42,6 +43,14 @@ def heap_in_use() -> int:
     mallinfo.restype = _Mallinfo
     found = mallinfo()
     return found.uordblks + found.hblkhd
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that the process has by itself, as the system counts them (Linux only)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmRSS: expected Linux")
 
 
 class _Mallinfo(ctypes.Structure):

@@ -24,6 +24,7 @@ from experiments.display import Display
 from experiments.endings import Ending, NotFiniteError, Outcome
 from experiments.events import EventFile
 from experiments.interruption import Interruption
+from experiments.memory import give_back
 from experiments.metrics import Layer, layers, singular_values
 from experiments.programs import Programs, StepReport, TrainState, build_programs
 from experiments.pruning import Pruning
@@ -246,6 +247,7 @@ class Training:
         if self.pruning is not None and self.pruning.rounds:
             self._close_round(self.pruning)
         self._save()
+        give_back()
 
     def _close_round(self, pruning: Pruning) -> None:
         """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""

@@ -33,7 +33,7 @@ from experiments.arrays import fit_arrays
 from experiments.batches import epoch_order, to_device, transform_of
 from experiments.build import build_model
 from experiments.config import ModelConfig
-from experiments.memory import give_back, heap_in_use
+from experiments.memory import give_back, heap_in_use, resident_bytes
 from experiments.process import start_over
 from experiments.programs import Programs, TrainState, build_programs
 from experiments.sealed import write_sealed
@@ -185,19 +185,12 @@ def _look(state: TrainState, programs: Programs, changes: int, loss: float, step
         deviation=deviation,
         compilations=programs.compilations,
         changes=changes,
-        host_bytes=_resident_bytes(),
+        host_bytes=resident_bytes(),
         heap_bytes=heap_in_use(),
         device_bytes=allocated or sum(array.nbytes for array in live),
         state_bytes=sum(array.nbytes for array in jax.tree.leaves(state)),
         arrays=len(live),
     )
-
-
-def _resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmRSS: the soak runs on Linux only")
 
 
 def summary(looks: list[Look]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _unreadable(arrays: Path, names: list[str]) -> list[str]:
 
 def listed(names: list[str]) -> str:
     """The first few of them, as ``leaf 'a'`` or ``leaves 'a', 'b', ...``."""
-    listed = ", ".join(repr(name) for name in names[:5])
+    first = ", ".join(repr(name) for name in names[:5])
     return (
-        f"leaf {listed}" if len(names) == 1 else f"leaves {listed}" + (f" and {len(names) - 5} more" * (len(names) > 5))
+        f"leaf {first}" if len(names) == 1 else f"leaves {first}" + (f" and {len(names) - 5} more" * (len(names) > 5))
     )

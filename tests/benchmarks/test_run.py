@@ -119,7 +119,7 @@ def test_inference_of_all_forms_from_the_command_to_the_table(tmp_path):
 def test_any_choice_of_methods_has_a_table(tmp_path):
     arguments = ["--scale", "smoke", "--sections", "steps", "--output", str(tmp_path), "--no-peers"]
     for batch in ("4", "8"):
-        assert run.main([*arguments, "--methods", "factorized", "--batches", batch]) == 0
+        assert run.main([*arguments, "--methods", "factorized", "parallel", "--batches", batch]) == 0
     assert run.main([*arguments, "--methods", "parallel", "amortized", "--batches", "2"]) == 0
     cells = Results(tmp_path / "steps.json").cells
     alone = cells["alexnet-width0.125-batch2-90%"]["result"]["methods"]
