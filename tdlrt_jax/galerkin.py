@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
 from tdlrt_jax.arguments import check_callable
-from tdlrt_jax.conv.onepass import Applied, Tap, applications, apply_kernel
+from tdlrt_jax.conv.onepass import Applied, Tap, applications, core_cotangent
 from tdlrt_jax.conv.plans import plan_for, streamed_modes
 from tdlrt_jax.frame import Frame, chart_point, is_kernel, lift_nodes, value_and_grad, with_point
 from tdlrt_jax.tucker import kernel_shape
@@ -91,7 +90,7 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
         if applied is None:
             return anew(params), SecondGradient(anew)
         taps = {
-            position: Tap(position, jnp.zeros(at.x.shape, at.x.dtype), jnp.zeros(at.y.shape, at.y.dtype))
+            position: Tap(position, *jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), (at.x, at.dy)))
             for position, at in applied.items()
         }
         value, (grads, seen) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(points, taps)
@@ -131,12 +130,7 @@ def core_gradient(frame: Frame, applied: Applied, tap: Tap, *, products: bool = 
     plan = plan_for(shape, rank, applied.x.shape[0], applied.x.shape[1:-1], geometry)
     stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
     how = applied.how._replace(stream_in=stream_in, stream_out=stream_out, products=products)
-
-    def output(core: Array) -> Array:  # linear in the core, so its transpose needs no forward pass
-        return apply_kernel(how, tap.x, Frame(core, None, frame.U, None))
-
-    (dcore,) = jax.linear_transpose(output, frame.core)(tap.dy)
-    return chart_point(Frame(dcore, None, frame.U, None))
+    return chart_point(Frame(core_cotangent(how, tap, frame), None, frame.U, None))
 
 
 def _applications(

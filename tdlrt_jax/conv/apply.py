@@ -1,4 +1,4 @@
-"""``tucker_conv`` and ``tucker_linear``: the two ways in which a layer applies its kernel."""
+"""``tucker_conv`` and ``tucker_linear``, the two ways in which a layer applies its kernel, and the first with batch normalization."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tdlrt_jax.arguments import check_dtype, check_input, check_precision, shown
+from tdlrt_jax.arguments import check_dtype, check_input, check_number, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve, sample_pixels
 from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
-from tdlrt_jax.conv.onepass import Application, apply_kernel
+from tdlrt_jax.conv.normalization import Normalized, normalize_dense
+from tdlrt_jax.conv.onepass import Application, apply_kernel, apply_normalized
 from tdlrt_jax.conv.plans import check_plan, is_depthwise, plan_for, streamed_modes
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
-__all__ = ["tucker_conv", "tucker_linear"]
+__all__ = ["tucker_conv", "tucker_conv_batch_norm", "tucker_linear"]
 
 
 def tucker_conv(
@@ -74,6 +75,103 @@ def tucker_conv(
 
     Source: paper, section 3.1; the plans and the single backward pass are this library's own.
     """
+    x, how, shape, lead = _prepare(
+        x,
+        kernel,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        input_dilation=input_dilation,
+        plan=plan,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    y = _apply(how, x, kernel)
+    return y.reshape(*lead, *y.shape[1:])
+
+
+def tucker_conv_batch_norm(
+    x: Array,
+    kernel: TuckerTensor | Frame | Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    epsilon: float = 1e-5,
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+    input_dilation: int | Sequence[int] | None = 1,
+    plan: str | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Normalized:
+    """:func:`tucker_conv` and batch normalization of its output, by statistics that are taken at the kernel's rank.
+
+    Where the plan streams the out-channels (``"factored"``, ``"merge_in"``) and there are no groups, mean and variance come from
+    the ``r_out`` features before the last factor, and the output is written once, normalized; else it is normalized as it is. Both
+    give the same numbers. All gradients, those of Theorem 1 under :func:`tdlrt_jax.value_and_grad` among them, are the ones of
+    the two operations one after the other.
+
+    Args:
+      x, kernel, strides, padding, dilation, groups, input_dilation, plan, precision: as in :func:`tucker_conv`.
+      scale, bias: ``γ`` and ``β``, ``(out,)`` each; ``None`` for ones and zeros.
+      epsilon: added to the variance.
+      preferred_element_type: dtype of the output; by default that of the computation. Statistics are in float32 at least.
+
+    Returns:
+      ``(y, mean, variance)``: ``y`` is ``(batch..., spatial'..., out)``, normalized over all dimensions but the last; ``mean`` and
+      ``variance``, ``(out,)`` each, are those of the convolution's output, the variance over ``N``, as running averages take them.
+
+    Raises:
+      ValueError: as :func:`tucker_conv`, and for a scale or bias of another shape, or an epsilon that is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tdlrt_jax
+      >>> kernel = tdlrt_jax.hosvd(jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), rank=(3, 3, 4, 5))
+      >>> y, mean, variance = tucker_conv_batch_norm(jax.random.normal(jax.random.key(1), (2, 10, 10, 8)), kernel)
+      >>> y.shape, mean.shape, bool(jnp.allclose(y.std((0, 1, 2)), 1, atol=1e-3))
+      ((2, 10, 10, 16), (16,), True)
+
+    Source: batch normalization, Ioffe and Szegedy (2015); at the rank, this library's own (:mod:`tdlrt_jax.conv.normalization`).
+    """
+    if check_number("epsilon", epsilon, "a small number, 0 or more") < 0:
+        raise ValueError(f"epsilon={epsilon}: expected a small number, 0 or more")
+    x, how, shape, lead = _prepare(
+        x,
+        kernel,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        input_dilation=input_dilation,
+        plan=plan,
+        precision=precision,
+        preferred_element_type=None,
+    )
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None and np.shape(value) != shape[-1:]:
+            raise ValueError(f"{name} is {shown(value)}: expected an array of the kernel's {shape[-1]} output channels")
+    dtype = preferred_element_type or x.dtype
+    if how.stream_out and groups == 1:
+        result = apply_normalized(how, x, kernel, scale, bias, epsilon=epsilon, dtype=dtype)  # type: ignore[arg-type]
+    else:
+        result = normalize_dense(_apply(how, x, kernel), scale, bias, epsilon=epsilon, dtype=dtype)
+    return result._replace(y=result.y.reshape(*lead, *result.y.shape[1:]))
+
+
+def _prepare(
+    x: Array,
+    kernel: TuckerTensor | Frame | Array,
+    *,
+    groups: int,
+    plan: str | None,
+    precision: Any,
+    preferred_element_type: Any,
+    **options: Any,
+) -> tuple[Array, Application, tuple[int, ...], tuple[int, ...]]:
+    """The arguments checked: ``x`` with one batch dimension, how to apply the kernel, its shape, and the batch dimensions."""
     shape, rank = _shape_and_rank(kernel)
     x = check_input("x", x)
     _check_channels(x, shape, groups)
@@ -83,27 +181,21 @@ def tucker_conv(
         check_dtype("preferred_element_type", preferred_element_type)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.result_type(kernel if rank is None else kernel.core))  # type: ignore[union-attr]
-
-    x, geometry, lead = resolve_input(
-        x,
-        shape[:-2],
-        strides=strides,
-        padding=padding,
-        dilation=dilation,
-        input_dilation=input_dilation,
-        groups=groups,
-    )
+    x, geometry, lead = resolve_input(x, shape[:-2], groups=groups, **options)
     if math.prod(shape[:-2]) == 1:
         x, geometry = sample_pixels(x, geometry)
     if rank is None:
-        dense = jnp.asarray(kernel).astype(x.dtype)
-        y = convolve(x, dense, geometry, precision=precision, preferred_element_type=preferred_element_type)
-    else:
-        plan = plan or plan_for(shape, rank, x.shape[0], x.shape[1:-1], geometry)
-        stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
-        how = Application(stream_in, stream_out, geometry, precision, preferred_element_type)
-        y = apply_kernel(how, x, kernel)  # type: ignore[arg-type]
-    return y.reshape(*lead, *y.shape[1:])
+        return x, Application(False, False, geometry, precision, preferred_element_type), shape, lead
+    plan = plan or plan_for(shape, rank, x.shape[0], x.shape[1:-1], geometry)
+    stream_in, stream_out = (s and r is not None for s, r in zip(streamed_modes(plan), rank[-2:]))
+    return x, Application(stream_in, stream_out, geometry, precision, preferred_element_type), shape, lead
+
+
+def _apply(how: Application, x: Array, kernel: TuckerTensor | Frame | Array) -> Array:
+    if isinstance(kernel, TuckerTensor | Frame):
+        return apply_kernel(how, x, kernel)
+    dense, result = jnp.asarray(kernel).astype(x.dtype), how.preferred_element_type
+    return convolve(x, dense, how.geometry, precision=how.precision, preferred_element_type=result)
 
 
 def tucker_linear(

@@ -10,11 +10,13 @@
 
 and ``dC``, ``dK_i`` of the merged modes by contracting ``dM`` with the ``U_j`` and ``Q_i``. A merged channel mode
 drops its stage and joins the contraction; then ``C`` takes the place of its ``Q_i``. Three convolutions in all, as
-many as an ordinary factorized layer.
+many as an ordinary factorized layer. A normalization that follows is carried out on ``B``, and gives ``P`` and ``dK_out``
+without ``dY`` (:mod:`tdlrt_jax.conv.normalization`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +29,12 @@ from jax.extend.core import get_opaque_trace_state
 
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry
+from tdlrt_jax.conv.normalization import Normalized, OutputGradient, normalize, normalize_pullback
+from tdlrt_jax.conv.rows import contract_rows
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
 
-__all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel"]
+__all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel", "apply_normalized", "core_cotangent"]
 
 
 class Application(NamedTuple):
@@ -54,7 +58,7 @@ class Tap:
 
     kernel: int  # which of the network's kernels
     x: Any = None  # (N, image..., channels), as apply_kernel is given it
-    dy: Any = None  # (N, image'..., n_out)
+    dy: Any = None  # (N, image'..., n_out), or the OutputGradient that it is made of
 
 
 class Applied(NamedTuple):
@@ -63,7 +67,7 @@ class Applied(NamedTuple):
     kernel: int
     how: Application
     x: jax.ShapeDtypeStruct
-    y: jax.ShapeDtypeStruct
+    dy: Any  # shapes and dtypes of the tap's dy
     trace: Any  # where: another one than the caller's within jit, scan, remat, vmap
 
 
@@ -82,23 +86,73 @@ def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Ar
     """
     if isinstance(kernel, Frame):
         if kernel.K is not None:
-            _note(how, x, kernel)
+            _note(how, x, kernel, lambda x: _forward(how, x, kernel)[0])
             return _one_pass(how, x, kernel)
         kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
-    *_, basis_in, basis_out = kernel.factors
-    a = _reduce(how, x, basis_in)
-    b = _convolve(how, a, _merge(how, kernel.core, kernel.factors))
-    return _expand(how, b, basis_out)
+    return _expand(how, _features(how, x, kernel), kernel.factors[-1])
 
 
-def _note(how: Application, x: Array, frame: Frame) -> None:
-    """Notes an application down if someone listens."""
+def apply_normalized(
+    how: Application,
+    x: Array,
+    kernel: TuckerTensor | Frame,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    epsilon: float,
+    dtype: Any,
+) -> Normalized:
+    """:func:`apply_kernel` and batch normalization of the result, which itself is not formed.
+
+    Args:
+      how: with streamed out-channels and without groups.
+      x, kernel: as in :func:`apply_kernel`, which says how they differentiate.
+      scale, bias, epsilon: of the normalization.
+      dtype: of the output.
+    """
+    if isinstance(kernel, Frame):
+        if kernel.K is not None:
+            gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
+            scale, bias = gain if scale is None else scale, 0 * gain if bias is None else bias
+
+            def output_gradient(x: Array, scale: Array, bias: Array) -> OutputGradient:
+                result, (*_, saved) = _normalized_forward(how, epsilon, dtype, x, kernel, scale, bias)
+                return normalize_pullback(saved, kernel.K[-1], result, how.precision)[0]
+
+            _note(how, x, kernel, lambda x: output_gradient(x, scale, bias))
+            return _one_pass_normalized(how, epsilon, dtype, x, kernel, scale, bias)
+        kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+    b = _features(how, x, kernel)
+    return normalize(b, kernel.factors[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)[0]
+
+
+def core_cotangent(how: Application, tap: Tap, frame: Frame) -> Array:
+    """``dC`` at a core-only frame, from the input and the output gradient that the kernel saw."""
+    if isinstance(tap.dy, OutputGradient) and how.stream_out:
+        dy, output = tap.dy.project(frame.U[-1], how.precision), _features
+    else:
+        dy, output = tap.dy.to_array() if isinstance(tap.dy, OutputGradient) else tap.dy, apply_kernel
+    
+    def of_core(core: Array) -> Array:  # linear in the core, so its transpose needs no forward pass
+        return output(how, tap.x, TuckerTensor(core, frame.U))
+
+    like = jax.eval_shape(of_core, frame.core)
+    (dcore,) = jax.linear_transpose(of_core, frame.core)(dy.astype(like.dtype))
+    return dcore
+
+
+def _features(how: Application, x: Array, kernel: TuckerTensor) -> Array:
+    """``B``, or ``Y`` where the out-channels are merged."""
+    a = _reduce(how, x, kernel.factors[-2])
+    return _convolve(how, a, _merge(how, kernel.core, kernel.factors))
+
+
+def _note(how: Application, x: Array, frame: Frame, like: Callable[[Array], Any]) -> None:
+    """Notes an application down if someone listens; ``like(x)`` is like the tap's ``dy``."""
     noted = applications.get()
     if noted is not None and frame.tap is not None:
-        y = jax.eval_shape(lambda x: _forward(how, x, frame)[0], x)
-        noted.append(
-            Applied(frame.tap.kernel, how, jax.ShapeDtypeStruct(x.shape, x.dtype), y, get_opaque_trace_state())
-        )
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        noted.append(Applied(frame.tap.kernel, how, shape, jax.eval_shape(like, x), get_opaque_trace_state()))
 
 
 # The three stages. Each is bilinear in its two arrays, so jax.linear_transpose gives every line of the backward pass,
@@ -167,33 +221,79 @@ def _one_pass(how: Application, x: Array, frame: Frame) -> Array:
 
 
 def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
-    core, K, U, Q, _ = frame
-    assert K is not None and Q is not None
-    a = _reduce(how, x, U[-2])
-    b = _convolve(how, a, _merge(how, _orthonormal(Q[-1], core, how.stream_out), U))
-    y = _expand(how, b, K[-1])
+    a, b = _stages(how, x, frame)
+    y = _expand(how, b, frame.K[-1])
     return y, (x, a if how.stream_in else None, b if how.stream_out else None, frame)
 
 
 def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame]:
     x, a, b, frame = residuals
+    tapped, dy = dy, dy.astype(x.dtype)
+    if not how.stream_out:
+        return _gradients(how, x, a, frame, dy, None, tapped)
+    plain = how._replace(preferred_element_type=None)
+    p = _project(plain, dy, frame.U[-1], b)
+    if how.geometry.groups == 1:
+        last = contract_rows(dy, b, precision=how.precision).astype(frame.K[-1].dtype)
+    else:
+        last = _transpose(lambda k: _expand(plain, b, k), frame.K[-1], dy)
+    return _gradients(how, x, a, frame, p, last, tapped)
+
+
+_one_pass.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _one_pass_normalized(
+    how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
+) -> Normalized:
+    return _normalized_forward(how, epsilon, dtype, x, frame, scale, bias)[0]
+
+
+def _normalized_forward(
+    how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
+) -> tuple[Normalized, Any]:
+    a, b = _stages(how, x, frame)
+    result, saved = normalize(b, frame.K[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)
+    return result, (x, a if how.stream_in else None, frame, scale, bias, saved)
+
+
+def _normalized_backward(
+    how: Application, epsilon: float, dtype: Any, residuals: Any, cotangents: Normalized
+) -> tuple[Array, Frame, Array, Array]:
+    x, a, frame, scale, bias, saved = residuals
+    dy, last, dscale, dbias = normalize_pullback(saved, frame.K[-1], cotangents, how.precision)
+    p = dy.project(frame.U[-1], how.precision).astype(x.dtype)
+    dx, gradient = _gradients(how, x, a, frame, p, last.astype(frame.K[-1].dtype), dy)
+    return dx, gradient, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+_one_pass_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+def _stages(how: Application, x: Array, frame: Frame) -> tuple[Array, Array]:
+    """``A`` and ``B``; where a channel mode is merged, the one before or after it."""
+    a = _reduce(how, x, frame.U[-2])
+    return a, _convolve(how, a, _merge(how, _orthonormal(frame.Q[-1], frame.core, how.stream_out), frame.U))
+
+
+def _gradients(
+    how: Application, x: Array, a: Array | None, frame: Frame, p: Array, last: Array | None, dy: Any
+) -> tuple[Array, Frame]:
+    """What is left to do with ``P`` and ``dK_out``, which is ``None`` where the out-channels are merged and ``P = dY``."""
     core, K, U, Q, tap = frame
     if tap is not None:
         tap = Tap(tap.kernel, x, dy)  # not a derivative: this is how the two leave the backward pass
     how = how._replace(preferred_element_type=None)
     a = _reduce(how, x, None) if a is None else a
-    p = dy = dy.astype(x.dtype)
-    dK: list[Array | None] = [None] * len(U)
-    if how.stream_out:
-        p = _project(how, dy, U[-1], b)
-        # The transpose of P = dY K_out in K_out, at B, and not that of Y = B K_out^T, at dY: the same product, but with r_out
-        # rows instead of columns XLA's CPU backend is several times faster.
-        dK[-1] = _transpose(lambda k: _project(how, dy, k, b), K[-1], b)
+    dK: list[Array | None] = [*[None] * (len(U) - 1), last]
 
     kernel = _merge(how, _orthonormal(Q[-2], core, how.stream_in), U)
     e = _transpose(lambda a: _convolve(how, a, kernel), a, p)
     dx = _transpose(lambda z: _reduce(how, z, K[-2]), x, e)
-    if how.stream_in:
+    if how.stream_in and how.geometry.groups == 1:
+        dK[-2] = contract_rows(x, e, precision=how.precision).astype(K[-2].dtype)
+    elif how.stream_in:
         dK[-2] = _transpose(lambda k: _reduce(how, x, k), K[-2], e)
 
     dM = _transpose(lambda m: _convolve(how, a, m), kernel, p)
@@ -209,9 +309,6 @@ def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame
             rest = multi_mode_product(source, matrices, transpose=True, skip=mode)
             dK[mode] = jnp.matmul(unfold(rest, mode), unfold(Q[mode], mode).T, precision=HIGHEST).astype(K[mode].dtype)
     return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None, tap)  # type: ignore[arg-type]
-
-
-_one_pass.defvjp(_forward, _backward)
 
 
 def _orthonormal(q: Array | None, core: Array, streamed: bool) -> Array:

@@ -12,6 +12,7 @@ from jax import Array
 from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
+from tdlrt_jax.nn.normalization import conv_batch_norm
 
 __all__ = ["AlexNet"]
 
@@ -96,7 +97,7 @@ class AlexNet(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """``(batch, height, width, channels)`` to logits ``(batch, num_classes)``."""
         for (_, _, _, pooled), conv, norm in zip(LAYERS, self.convs, self.norms):
-            x = jax.nn.relu(norm(conv(x)))
+            x = jax.nn.relu(conv_batch_norm(conv, norm, x))
             x = max_pool(x) if pooled else x
         return self.classifier(self.dropout(x.reshape(x.shape[0], -1)))
 

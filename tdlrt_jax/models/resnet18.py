@@ -12,6 +12,7 @@ from jax import Array
 
 from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.width import scaled
+from tdlrt_jax.nn.normalization import conv_batch_norm
 
 __all__ = ["BasicBlock", "ResNet18"]
 
@@ -60,9 +61,9 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """``(batch, height, width, in)`` to ``(batch, height / stride, width / stride, out)``."""
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return jax.nn.relu(y + (self.shortcut_norm(self.shortcut(x)) if self.has_shortcut else x))
+        y = jax.nn.relu(conv_batch_norm(self.conv1, self.norm1, x))
+        y = conv_batch_norm(self.conv2, self.norm2, y)
+        return jax.nn.relu(y + (conv_batch_norm(self.shortcut, self.shortcut_norm, x) if self.has_shortcut else x))
 
 
 class ResNet18(nnx.Module):
@@ -121,7 +122,7 @@ class ResNet18(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """``(batch, height, width, channels)`` to logits ``(batch, num_classes)``."""
-        x = jax.nn.relu(self.stem_norm(self.stem(x)))
+        x = jax.nn.relu(conv_batch_norm(self.stem, self.stem_norm, x))
         for block in self.blocks:
             x = block(x)
         return self.classifier(jnp.mean(x, axis=(-3, -2)))

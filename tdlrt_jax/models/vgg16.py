@@ -13,6 +13,7 @@ from jax import Array
 from tdlrt_jax.arguments import check_integer, check_rngs
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
+from tdlrt_jax.nn.normalization import conv_batch_norm
 
 __all__ = ["VGG16"]
 
@@ -85,6 +86,6 @@ class VGG16(nnx.Module):
         for stage in STAGES:
             for _ in stage:
                 conv, norm = next(layers)
-                x = jax.nn.relu(norm(conv(x)))
+                x = jax.nn.relu(conv_batch_norm(conv, norm, x))
             x = max_pool(x)
         return self.classifier(jnp.mean(x, axis=(-3, -2)))

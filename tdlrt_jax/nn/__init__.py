@@ -4,6 +4,7 @@ from tdlrt_jax.nn import linen
 from tdlrt_jax.nn.convert import densify, tuckerize
 from tdlrt_jax.nn.formats import CPConv, MatrixConv
 from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
+from tdlrt_jax.nn.normalization import conv_batch_norm
 from tdlrt_jax.nn.plain import to_plain
 from tdlrt_jax.nn.summary import summarize
 from tdlrt_jax.nn.training import tdlrt, tdlrt_step, value_and_grad, value_and_grad_fn
@@ -15,6 +16,7 @@ __all__ = [
     "TuckerConv",
     "TuckerConvTranspose",
     "TuckerLinear",
+    "conv_batch_norm",
     "densify",
     "linen",
     "summarize",
