@@ -25,7 +25,8 @@ TOLERANCE = 1e-3
 JAX_METHODS = {
     "dense": "dense, with a matrix product where XLA's convolution is slow",
     "dense_xla": "dense, flax as it comes",
-    "factorized": "Tucker-factorized: plain gradients of core and factors",
+    "factorized": "Tucker-factorized: plain gradients of core and factors, layers one after the other",
+    "factorized_at_rank": "the same with its normalizations at the kernels' ranks, as all below have them but the last",
     "bug": "TDLRT, Algorithm 1 in one forward and one backward pass",
     "parallel": "TDLRT, one gradient a step",
     "fixed_rank": "TDLRT, Algorithm 1 not adaptive (two passes)",
@@ -50,7 +51,8 @@ class TrainingStep:
     """A compiled training step of a method, with its state; ``run()`` takes one and waits for it."""
 
     def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
-        kind = method if method.startswith("dense") else "tucker"
+        ordinary = method in ("factorized", "paper")
+        kind = method if method.startswith("dense") else "tucker_ordinary" if ordinary else "tucker"
         parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
         graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
         function, init = step_of(method, loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum))
@@ -95,7 +97,7 @@ class TrainingStep:
 
 def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(params, opt_state, model_state, *batch)`` of a method, and the initialization of its optimizer."""
-    if method in ("dense", "dense_xla", "factorized"):
+    if method in ("dense", "dense_xla", "factorized", "factorized_at_rank"):
 
         def plain(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
             (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, *batch)

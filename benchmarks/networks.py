@@ -92,21 +92,28 @@ def tucker_conv(
     )
 
 
+class OrdinaryNorm(nnx.BatchNorm):
+    """Normalizes what the layer before gives; :func:`tdlrt_jax.nn.conv_batch_norm` leaves subclasses to themselves."""
+
+
 @functools.lru_cache(maxsize=4)
 def build(network: Network, method: str, *, seed: int = 0) -> nnx.Module:
-    """A fresh network in training mode: ``method`` is ``"dense"``, ``"dense_xla"`` or ``"tucker"``.
+    """A fresh network in training mode: ``method`` is ``"dense"``, ``"dense_xla"``, ``"tucker"`` or ``"tucker_ordinary"``.
 
     ``"dense"`` has the remedy for XLA's slow convolutions of small images that Tucker layers have, ``"dense_xla"`` is flax as
-    it comes. Jitted as a whole: drawing the kernels operation by operation would compile each of them. The last few are kept
+    it comes; ``"tucker_ordinary"`` normalizes after its layers and not at their ranks. Jitted as a whole: drawing the kernels
+    operation by operation would compile each of them. The last few are kept
     (nothing here changes them in place).
     """
     layers: dict[str, Any] = {"width": network.width}
     if method == "dense":
         layers["conv"] = functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
-    elif method == "tucker":
+    elif method in ("tucker", "tucker_ordinary"):
         layers["conv"] = functools.partial(tucker_conv, fraction_for(network), network.spatial)
+        if method == "tucker_ordinary":
+            layers["norm"] = OrdinaryNorm
     elif method != "dense_xla":
-        raise ValueError(f'method={method!r} is unknown: expected "dense", "dense_xla" or "tucker"')
+        raise ValueError(f'method={method!r} is unknown: expected "dense", "dense_xla", "tucker" or "tucker_ordinary"')
     model = nnx.jit(lambda: MODELS[network.model](num_classes=CLASSES, rngs=nnx.Rngs(seed), **layers))()
     model.train()
     return model

@@ -13,7 +13,7 @@ from benchmarks.timing import in_turn, spread
 
 __all__ = ["cells"]
 
-PROFILED = ("dense", "factorized", "parallel", "bug")
+PROFILED = ("dense", "factorized", "factorized_at_rank", "parallel", "bug")
 
 
 def cells(options: Options) -> list[Cell]:

@@ -25,7 +25,7 @@ from experiments.process import start_over
 __all__ = ["SCALES", "SECTIONS", "main"]
 
 SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages")
-_METHODS = ("dense", "factorized", "bug", "parallel", "fixed_rank", "amortized", "paper")
+_METHODS = ("dense", "factorized", "factorized_at_rank", "bug", "parallel", "fixed_rank", "amortized", "paper")
 _CPU = Options(
     models=("vgg16", "alexnet", "resnet18"),
     compressions=(0.95, 0.9, 0.98, 0.8),

@@ -138,7 +138,7 @@ def _constant(leaf: Any) -> bool:
 
 
 def embed_moment(moment: TuckerTensor, augmented: Augmented, kind: Kind) -> Array:
-    """A moment as a core in the augmented bases, ``(R_1 + A_1, ...)``, see :func:`tdlrt_jax.integrators.embed`.
+    """A moment as a core in the augmented bases, ``(M_1, ...)``, see :func:`tdlrt_jax.integrators.embed`.
 
     A second moment is at least the average of the old core's, so in the mixed blocks, of which nothing is remembered.
     """
@@ -155,11 +155,11 @@ def turn_moment(moment: TuckerTensor, augmented: Augmented, turns: tuple[ModeArr
     Args:
       moment: in the coordinates of the frame, before the step.
       augmented: the augmented bases.
-      turns: ``(R_i + A_i, M_i)``, from the augmented bases to those of the Galerkin step; None where they agree.
+      turns: ``(M_i, R_i)``, from the augmented bases to those of the Galerkin step; None where they agree.
       kind: how the moment transforms.
 
     Returns:
-      ``(M_1, ..., M_d)``.
+      A core in those bases.
     """
     core = embed_moment(moment, augmented, kind)
     if turns is None:
@@ -190,7 +190,7 @@ def transport(
     """Projects a tangent vector onto the tangent space at the next kernel.
 
     Args:
-      core: the vector's part within the augmented bases, ``(R_1 + A_1, ..., R_d + A_d)``.
+      core: the vector's part within the augmented bases, ``(M_1, ..., M_d)``.
       K: ``m_{K_i}`` in the old frame; only what lies outside of the augmented bases is read.
       augmented: old frame and augmented bases.
       rotations: ``P_i``, from the augmented bases to the new ones.
@@ -200,7 +200,7 @@ def transport(
       ``TuckerTensor(m_C, m_{K_i})`` in the coordinates of ``frame``.
     """
     moments: list[ModeArray] = []
-    overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(rotations, augmented.frame.U)]
+    overlaps = [None if p is None else augmented.old_rows(i, p) for i, p in enumerate(rotations)]
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
             moments.append(None)
@@ -228,7 +228,7 @@ def transport_squares(
     """
     moments: list[ModeArray] = []
     squared = _squares(rotations)
-    overlaps = [None if p is None else p[: u.shape[1]] for p, u in zip(squared, augmented.frame.U)]
+    overlaps = [None if p is None else augmented.old_rows(i, p) for i, p in enumerate(squared)]
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
             moments.append(None)

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from tdlrt_jax import tdlrt, tdlrt_step, to_dense, tucker_conv
-from tdlrt_jax.conv.convolution import convolve
+from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import resolve
+from tdlrt_jax.conv.rows import contract_rows
 from tests.helpers import random_kernel
 
 CASES = [
@@ -75,3 +76,44 @@ def test_amortized_steps_are_those_of_a_second_pass(x64, rng):
             current, state, _ = step(current, state, x, y)
         ends.append(to_dense(current["w"]))
     np.testing.assert_allclose(*ends, atol=1e-10)
+
+
+@pytest.mark.parametrize("window, channels, options", CASES)
+@pytest.mark.parametrize("products", [False, True])
+def test_a_kernels_gradient_is_the_transpose_of_the_convolution(window, channels, options, products, x64, rng):
+    image = (7, 6)[: len(window)]
+    geometry, _ = resolve(window, image, **options)
+    x = jnp.asarray(rng.normal(size=(2, *image, channels * geometry.groups)))
+    y, pull = jax.vjp(lambda k: convolve(x, k, geometry), jnp.zeros((*window, channels, 6)))
+    dy = jnp.asarray(rng.normal(size=y.shape))
+    found = kernel_gradient(x, dy, window, geometry, products=products)
+    np.testing.assert_allclose(found, pull(dy)[0], atol=1e-10)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA's convolution is kept")
+@pytest.mark.parametrize(
+    "channels, n_out, image, products", [(24, 24, 64, True), (8, 8, 64, False), (128, 8, 64, False)]
+)
+def test_many_pixels_of_several_channels_take_products_for_a_kernels_gradient(channels, n_out, image, products):
+    geometry, _ = resolve((3, 3), (image, image), padding="SAME")
+    x, dy = (jax.ShapeDtypeStruct((8, image, image, size), jnp.float32) for size in (channels, n_out))
+    jaxpr = str(jax.make_jaxpr(lambda x, dy: kernel_gradient(x, dy, (3, 3), geometry))(x, dy))
+    assert ("conv_general_dilated" not in jaxpr) == products
+
+
+@pytest.mark.parametrize("rows", [(1,), (7, 3), (2, 1024), (3, 2048), (4, 32, 32), (5, 64, 64)])
+@pytest.mark.parametrize("sizes", [(3, 5), (40, 3), (3, 40), (64, 33)])
+def test_rows_are_contracted_in_chunks_or_at_once(rows, sizes, x64, rng):
+    a, b = (jnp.asarray(rng.normal(size=(*rows, size))) for size in sizes)
+    found = contract_rows(a, b)
+    np.testing.assert_allclose(found, a.reshape(-1, sizes[0]).T @ b.reshape(-1, sizes[1]), atol=1e-10)
+    short = contract_rows(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), dtype=jnp.float32)
+    assert short.dtype == jnp.float32
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the product is taken whole")
+@pytest.mark.parametrize("rows, chunks", [(1024, 1), (2048, 2), (4096, 2), (131072, 64), (3 * 2048, 2), (999 * 5, 1)])
+def test_chunks_have_about_two_thousand_rows(rows, chunks):
+    a, b = jax.ShapeDtypeStruct((rows, 4), jnp.float32), jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+    (product,) = [e for e in jax.make_jaxpr(contract_rows)(a, b).eqns if e.primitive.name == "dot_general"]
+    assert product.invars[0].aval.shape[0] == chunks

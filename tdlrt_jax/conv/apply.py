@@ -1,4 +1,4 @@
-"""``tucker_conv`` and ``tucker_linear``, the two ways in which a layer applies its kernel, and the first with batch normalization."""
+"""``tucker_conv`` and ``tucker_linear``, the ways in which a layer applies its kernel; the first with batch normalization too."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def tucker_conv(
 
     Source: paper, section 3.1; the plans and the single backward pass are this library's own.
     """
-    x, how, shape, lead = _prepare(
+    x, how, _, lead = _prepare(
         x,
         kernel,
         strides=strides,
@@ -110,9 +110,9 @@ def tucker_conv_batch_norm(
     """:func:`tucker_conv` and batch normalization of its output, by statistics that are taken at the kernel's rank.
 
     Where the plan streams the out-channels (``"factored"``, ``"merge_in"``) and there are no groups, mean and variance come from
-    the ``r_out`` features before the last factor, and the output is written once, normalized; else it is normalized as it is. Both
-    give the same numbers. All gradients, those of Theorem 1 under :func:`tdlrt_jax.value_and_grad` among them, are the ones of
-    the two operations one after the other.
+    the ``r_out`` features before the last factor, and the output is written once, normalized; else it is normalized as it is.
+    Both give the same numbers. All gradients, those of Theorem 1 under :func:`tdlrt_jax.value_and_grad` among them, are those
+    of the two operations one after the other.
 
     Args:
       x, kernel, strides, padding, dilation, groups, input_dilation, plan, precision: as in :func:`tucker_conv`.
@@ -121,8 +121,8 @@ def tucker_conv_batch_norm(
       preferred_element_type: dtype of the output; by default that of the computation. Statistics are in float32 at least.
 
     Returns:
-      ``(y, mean, variance)``: ``y`` is ``(batch..., spatial'..., out)``, normalized over all dimensions but the last; ``mean`` and
-      ``variance``, ``(out,)`` each, are those of the convolution's output, the variance over ``N``, as running averages take them.
+      ``(y, mean, variance)``: ``y`` is ``(batch..., spatial'..., out)``, normalized over all dimensions but the last; ``mean``
+      and ``variance``, ``(out,)`` each, are those of the convolution's output, with ``N`` in the variance's denominator.
 
     Raises:
       ValueError: as :func:`tucker_conv`, and for a scale or bias of another shape, or an epsilon that is negative.
@@ -136,7 +136,7 @@ def tucker_conv_batch_norm(
 
     Source: batch normalization, Ioffe and Szegedy (2015); at the rank, this library's own (:mod:`tdlrt_jax.conv.normalization`).
     """
-    if check_number("epsilon", epsilon, "a small number, 0 or more") < 0:
+    if not check_number("epsilon", epsilon, "a small number, 0 or more") >= 0:
         raise ValueError(f"epsilon={epsilon}: expected a small number, 0 or more")
     x, how, shape, lead = _prepare(
         x,
@@ -150,10 +150,10 @@ def tucker_conv_batch_norm(
         precision=precision,
         preferred_element_type=None,
     )
+    dtype = x.dtype if preferred_element_type is None else check_dtype("preferred_element_type", preferred_element_type)
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None and np.shape(value) != shape[-1:]:
             raise ValueError(f"{name} is {shown(value)}: expected an array of the kernel's {shape[-1]} output channels")
-    dtype = preferred_element_type or x.dtype
     if how.stream_out and groups == 1:
         result = apply_normalized(how, x, kernel, scale, bias, epsilon=epsilon, dtype=dtype)  # type: ignore[arg-type]
     else:

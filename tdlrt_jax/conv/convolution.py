@@ -12,14 +12,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tdlrt_jax.conv.geometry import Geometry, output_size, resolve
+from tdlrt_jax.conv.rows import contract_rows
 
-__all__ = ["conv_general_dilated", "convolve", "sample_pixels"]
+__all__ = ["conv_general_dilated", "convolve", "kernel_gradient", "sample_pixels"]
 
 # From so many in-channels on, a product for each position of the window beats one product with all patches side by side.
 _MANY_CHANNELS = 16
 # With so many out-channels XLA's CPU convolutions (jaxlib 0.10) of an odd number of in-channels take several times as long
 # as those of one channel more (benchmarks/results/cpu).
 _SLOW_IF_ODD = range(17, 35)
+# Kernel gradients of XLA's CPU backend are slow where images are many pixels of more than a few channels: from so many pixels and
+# so many multiply-adds a window position on, up to so many channels, a product for each position is up to three times as fast
+# (two cores, jaxlib 0.10, 3x3 windows).
+_MANY_PIXELS, _MUCH_WORK, _NOT_TOO_MANY_CHANNELS = 8192, 18_000_000, 100
 
 
 def convolve(
@@ -64,6 +69,35 @@ def convolve(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+def kernel_gradient(
+    x: Array, dy: Array, window: Sequence[int], geometry: Geometry, *, precision: Any = None, products: bool = False
+) -> Array:
+    """The transpose of :func:`convolve` in its kernel: ``(window..., c, n_out)`` in the dtype of ``x``.
+
+    Args:
+      x: ``(N, image..., g c)``.
+      dy: ``(N, image'..., n_out)``, of the same dtype.
+      window: the kernel's spatial shape.
+      geometry, precision, products: as in :func:`convolve`, of which this chooses the other way where that is faster.
+    """
+    shape = (*window, x.shape[-1] // geometry.groups, dy.shape[-1])
+    if geometry.groups == 1 and math.prod(window) > 1 and (products or _is_slow_gradient(dy, shape)):
+        patches = _patches(x, window, geometry)
+        return jnp.stack([contract_rows(patch, dy, precision=precision) for patch in patches]).reshape(shape)
+    (gradient,) = jax.linear_transpose(
+        lambda kernel: convolve(x, kernel, geometry, precision=precision, products=products),
+        jax.ShapeDtypeStruct(shape, x.dtype),
+    )(dy)
+    return gradient
+
+
+def _is_slow_gradient(dy: Array, shape: Sequence[int]) -> bool:
+    """Whether matrix products have the kernel's gradient sooner."""
+    channels, pixels = shape[-2:], math.prod(dy.shape[:-1])
+    many = pixels >= _MANY_PIXELS and pixels * math.prod(channels) >= _MUCH_WORK
+    return many and max(channels) <= _NOT_TOO_MANY_CHANNELS and jax.default_backend() == "cpu"
 
 
 def conv_general_dilated(

@@ -9,8 +9,8 @@ A convolution that streams its out-channels ends with ``Y = B K^T``, ``B`` of ``
 so that of ``Y``'s size there is only ``Z``, written once, where normalization by itself reads and writes such arrays again and
 again. Likewise on the way back, with ``D = dZ^T B_c``::
 
-    dβ = sum dZ      dγ = rowsum(D K) / sqrt(var + ε)      dY = s dZ - B_c G^T - h,   G = s dγ K / (N sqrt(var + ε)),   h = s dβ / N
-    dK = dY^T B = s D - N G Σ                              dY V = dZ (s V) - B_c (G^T V) - h V     for any basis V
+    dβ = sum dZ      dγ = rowsum(D K) / sqrt(var + ε)      G = s dγ K / (N sqrt(var + ε))      h = s dβ / N
+    dY = s dZ - B_c G^T - h      dK = dY^T B = s D - N G Σ      dY V = dZ (s V) - B_c (G^T V) - h V  for any basis V
 
 The covariance is that of centered features, and no variance is the difference of two large numbers.
 """
@@ -62,8 +62,10 @@ class OutputGradient(NamedTuple):
         basis = basis.astype(self.gain.dtype)
         wide = _product(self.dz, self.gain[:, None] * basis, precision)
         correction = jnp.matmul(self.slopes.T, basis, precision=HIGHEST)
-        return wide - _product(self.centered.astype(wide.dtype), correction, precision) - (
-            jnp.matmul(self.shift, basis, precision=HIGHEST).astype(wide.dtype)
+        return (
+            wide
+            - _product(self.centered.astype(wide.dtype), correction, precision)
+            - (jnp.matmul(self.shift, basis, precision=HIGHEST).astype(wide.dtype))
         )
 
     def to_array(self) -> Array:

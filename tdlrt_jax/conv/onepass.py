@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
-from tdlrt_jax.conv.convolution import convolve
+from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import Geometry
 from tdlrt_jax.conv.normalization import Normalized, OutputGradient, normalize, normalize_pullback
 from tdlrt_jax.conv.rows import contract_rows
@@ -86,7 +86,7 @@ def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Ar
     """
     if isinstance(kernel, Frame):
         if kernel.K is not None:
-            _note(how, x, kernel, lambda x: _forward(how, x, kernel)[0])
+            _note(how, x, kernel, lambda x, frame: _forward(how, x, frame)[0])
             return _one_pass(how, x, kernel)
         kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
     return _expand(how, _features(how, x, kernel), kernel.factors[-1])
@@ -115,11 +115,11 @@ def apply_normalized(
             gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
             scale, bias = gain if scale is None else scale, 0 * gain if bias is None else bias
 
-            def output_gradient(x: Array, scale: Array, bias: Array) -> OutputGradient:
-                result, (*_, saved) = _normalized_forward(how, epsilon, dtype, x, kernel, scale, bias)
-                return normalize_pullback(saved, kernel.K[-1], result, how.precision)[0]
+            def output_gradient(x: Array, frame: Frame) -> OutputGradient:
+                result, (*_, saved) = _normalized_forward(how, epsilon, dtype, x, frame, gain, gain)
+                return normalize_pullback(saved, frame.K[-1], result, how.precision)[0]
 
-            _note(how, x, kernel, lambda x: output_gradient(x, scale, bias))
+            _note(how, x, kernel, output_gradient)
             return _one_pass_normalized(how, epsilon, dtype, x, kernel, scale, bias)
         kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
     b = _features(how, x, kernel)
@@ -128,17 +128,18 @@ def apply_normalized(
 
 def core_cotangent(how: Application, tap: Tap, frame: Frame) -> Array:
     """``dC`` at a core-only frame, from the input and the output gradient that the kernel saw."""
-    if isinstance(tap.dy, OutputGradient) and how.stream_out:
-        dy, output = tap.dy.project(frame.U[-1], how.precision), _features
+    how = how._replace(preferred_element_type=None)
+    a = _reduce(how, tap.x, frame.U[-2])
+    if isinstance(tap.dy, OutputGradient):
+        p = tap.dy.project(frame.U[-1], how.precision) if how.stream_out else tap.dy.to_array()
     else:
-        dy, output = tap.dy.to_array() if isinstance(tap.dy, OutputGradient) else tap.dy, apply_kernel
-    
-    def of_core(core: Array) -> Array:  # linear in the core, so its transpose needs no forward pass
-        return output(how, tap.x, TuckerTensor(core, frame.U))
-
-    like = jax.eval_shape(of_core, frame.core)
-    (dcore,) = jax.linear_transpose(of_core, frame.core)(dy.astype(like.dtype))
-    return dcore
+        p = tap.dy.astype(a.dtype)
+        if how.stream_out:
+            merged = jax.ShapeDtypeStruct(_merged_shape(how, frame), a.dtype)
+            p = _project(how, p, frame.U[-1], jax.eval_shape(partial(_convolve, how), a, merged))
+    # Everything is linear in the core, so its gradient needs no forward pass.
+    dM = _correlate(how, a, p.astype(a.dtype), _merged_shape(how, frame))
+    return _transpose(lambda core: _merge(how, core, frame.U), frame.core, dM.astype(frame.core.dtype))
 
 
 def _features(how: Application, x: Array, kernel: TuckerTensor) -> Array:
@@ -147,12 +148,13 @@ def _features(how: Application, x: Array, kernel: TuckerTensor) -> Array:
     return _convolve(how, a, _merge(how, kernel.core, kernel.factors))
 
 
-def _note(how: Application, x: Array, frame: Frame, like: Callable[[Array], Any]) -> None:
-    """Notes an application down if someone listens; ``like(x)`` is like the tap's ``dy``."""
+def _note(how: Application, x: Array, frame: Frame, like: Callable[[Array, Frame], Any]) -> None:
+    """Notes an application down if someone listens; ``like(x, frame)`` is like the tap's ``dy``."""
     noted = applications.get()
     if noted is not None and frame.tap is not None:
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        noted.append(Applied(frame.tap.kernel, how, shape, jax.eval_shape(like, x), get_opaque_trace_state()))
+        dy = jax.eval_shape(like, x, frame._replace(tap=None))
+        noted.append(Applied(frame.tap.kernel, how, shape, dy, get_opaque_trace_state()))
 
 
 # The three stages. Each is bilinear in its two arrays, so jax.linear_transpose gives every line of the backward pass,
@@ -180,6 +182,18 @@ def _convolve(how: Application, a: Array, kernel: Array) -> Array:
     result = None if how.stream_out else how.preferred_element_type
     options = {"precision": how.precision, "preferred_element_type": result, "products": how.products}
     return convolve(a, kernel.astype(a.dtype), geometry, **options)
+
+
+def _correlate(how: Application, a: Array, p: Array, shape: tuple[int, ...]) -> Array:
+    """``corr(A, P)``: the transpose of :func:`_convolve` in the kernel, ``M[X]`` of the given shape."""
+    geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
+    return kernel_gradient(a, p, shape[:-2], geometry, precision=how.precision, products=how.products)
+
+
+def _merged_shape(how: Application, frame: Frame) -> tuple[int, ...]:
+    """The shape of ``M[X]``."""
+    merged = _merged_factors(how, frame.U)
+    return tuple(size if u is None else u.shape[0] for size, u in zip(frame.core.shape, merged))
 
 
 def _expand(how: Application, b: Array, matrix: Array | None) -> Array:
@@ -296,7 +310,7 @@ def _gradients(
     elif how.stream_in:
         dK[-2] = _transpose(lambda k: _reduce(how, x, k), K[-2], e)
 
-    dM = _transpose(lambda m: _convolve(how, a, m), kernel, p)
+    dM = _correlate(how, a, p, kernel.shape).astype(kernel.dtype)
     merged = _merged_factors(how, U)
     channels = len(U) - 2
     # The spatial modes and the core share the products with the large channel factors.

@@ -2,7 +2,8 @@
 
 The augmented basis is ``[U | Ũ]`` with ``U`` kept as it is, so ``[U | Ũ]^T U = [I; 0]``: the augmented core is ``C`` padded with
 zeros and the network does not change. ``Ũ`` is built from the step ``K_new - K`` itself, never from ``K_new``, in which it
-cancels.
+cancels. A mode has no more than ``n_i`` directions in all: where the columns of ``U`` and ``Ũ`` are more, the new directions take
+the place of columns of ``U`` that are not in use.
 """
 
 from __future__ import annotations
@@ -30,15 +31,41 @@ class Augmented(NamedTuple):
     new: tuple[ModeArray, ...]  # Ũ_i, (n_i, A_i), orthonormal and orthogonal to U_i; None for a whole mode
 
     @property
+    def capacity(self) -> tuple[int, ...]:
+        """``M_i = min(R_i + A_i, n_i)``, and the size of a whole mode."""
+        sizes = zip(self.frame.core.shape, self.frame.U, self.new)
+        return tuple(r if u is None or t is None else min(r + t.shape[1], u.shape[0]) for r, u, t in sizes)
+
+    @property
     def bases(self) -> tuple[ModeArray, ...]:
-        """``[U_i | Ũ_i]``, ``(n_i, R_i + A_i)``."""
-        return tuple(None if u is None else jnp.concatenate([u, t], axis=1) for u, t in zip(self.frame.U, self.new))
+        """``[U_i | Ũ_i]``, ``(n_i, M_i)``."""
+        pairs = zip(self.frame.U, self.new)
+        return tuple(None if u is None else self.join(i, u, t, axis=1) for i, (u, t) in enumerate(pairs))
 
     @property
     def core(self) -> Array:
         """``C̃ = C ×_i [U_i | Ũ_i]^T U_i``: the core padded with zeros (line 8)."""
-        widths = [(0, 0) if t is None else (0, t.shape[1]) for t in self.new]
-        return jnp.pad(self.frame.core, widths)
+        return _padded(self.frame.core, self.capacity)
+
+    def join(self, mode: int, old: Array, new: Array, axis: int = 0) -> Array:
+        """What belongs to the columns of ``U_i`` and of ``Ũ_i``, ``R_i`` and ``A_i`` along an axis, as ``M_i`` along it.
+
+        ``old`` is zero where a column of ``U_i`` is, and ``new`` likewise.
+        """
+        axis = axis % old.ndim
+        size = self.capacity[mode]
+        if old.shape[axis] + new.shape[axis] == size:
+            return jnp.concatenate([old, new], axis)
+        # The columns of Ũ_i that exist fit in beside those of U_i; the others are zero, wherever they come to lie.
+        sizes = (*old.shape[:axis], size, *old.shape[axis + 1 :])
+        first = jnp.sum(active_columns(self.frame.U[mode]))
+        return _padded(old, sizes) + jnp.roll(_padded(new, sizes), first, axis)
+
+    def old_rows(self, mode: int, matrix: Array) -> Array:
+        """Of ``(M_i, ...)``, the rows that belong to ``U_i``: ``(R_i, ...)``, zero for columns that are."""
+        u = self.frame.U[mode]
+        assert u is not None
+        return jnp.where(active_columns(u)[:, None], matrix[: u.shape[1]], 0)
 
 
 def augmented_width(size: int, capacity: int) -> int:
@@ -137,15 +164,16 @@ def embed(tangent: TuckerTensor, augmented: Augmented) -> Array:
       augmented: the bases.
 
     Returns:
-      ``(R_1 + A_1, ..., R_d + A_d)``.
+      ``(M_1, ..., M_d)``.
     """
-    widths = [(0, 0) if t is None else (0, t.shape[1]) for t in augmented.new]
-    core = jnp.pad(tangent.core, widths)
+    core = _padded(tangent.core, augmented.capacity)
     for mode, (t, v, q) in enumerate(zip(augmented.new, tangent.factors, augmented.frame.Q)):
         if t is None:
             continue
         block = mode_product(q, jnp.matmul(t.T, v, precision=HIGHEST), mode)
-        old = augmented.frame.core.shape[mode]
-        corner = [(0, w) if j != mode else (old, 0) for j, (_, w) in enumerate(widths)]
-        core = core + jnp.pad(block, corner)
+        core = core + _padded(augmented.join(mode, jnp.zeros_like(tangent.core), block, mode), augmented.capacity)
     return core
+
+
+def _padded(array: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.pad(array, [(0, after - before) for before, after in zip(array.shape, shape)])

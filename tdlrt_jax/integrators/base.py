@@ -19,9 +19,9 @@ __all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors
 class Galerkin(NamedTuple):
     """The core in the bases of the Galerkin step (line 8), before its own step."""
 
-    core: Array  # (M_1, ..., M_d)
-    bases: tuple[ModeArray, ...]  # (n_i, M_i)
-    turns: tuple[ModeArray, ...] | None  # (R_i + A_i, M_i), from the augmented bases to these; None where they agree
+    core: Array  # (M_1, ..., M_d), the augmented capacities; of fixed_rank (R_1, ..., R_d)
+    bases: tuple[ModeArray, ...]  # (n_i, M_i), or (n_i, R_i)
+    turns: tuple[ModeArray, ...] | None  # (M_i, R_i), from the augmented bases to these; None where they agree
     deviation: Array | None = None  # scalar, see Moved; None where the bases are still to be turned
 
 
@@ -29,7 +29,7 @@ class Moved(NamedTuple):
     """The next kernel and how its bases came from the augmented ones."""
 
     kernel: TuckerTensor  # capacities as before the step
-    rotations: tuple[ModeArray, ...]  # P_i, (R_i + A_i, R_i): U_i_new = [U_i | Ũ_i] P_i
+    rotations: tuple[ModeArray, ...]  # P_i, (M_i, R_i): U_i_new = [U_i | Ũ_i] P_i
     rank: Array  # int32 (d,)
     error: Array  # relative truncation error of this step
     bound: Array  # bool (d,): a bound or the capacity kept the rank below what the tolerance asks for

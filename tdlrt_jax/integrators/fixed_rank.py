@@ -42,12 +42,12 @@ def basis_step(augmented: Augmented, step: TuckerTensor) -> Galerkin:
             continue
         within = jnp.matmul(unfold(step.core, mode), unfold(q, mode).T, precision=HIGHEST)
         old = jnp.matmul(u.T, k, precision=HIGHEST) + within
-        stepped = jnp.concatenate([old, jnp.matmul(new.T, dk, precision=HIGHEST)])
-        exists = jnp.concatenate([active_columns(u), active_columns(new)])
+        stepped = augmented.join(mode, old, jnp.matmul(new.T, dk, precision=HIGHEST))
+        exists = augmented.join(mode, active_columns(u), active_columns(new))
         turns_of_mode, _, _ = principal_rotation(_normalized(stepped), exists, ALL_ROUNDS)
         turn = jnp.where(active_columns(u), turns_of_mode[:, : u.shape[1]], 0)
         turns.append(turn)
-        carried.append(turn[: u.shape[1]])
+        carried.append(augmented.old_rows(mode, turn))
     bases, deviation = orthonormal_factors(augmented.bases, tuple(turns))
     core = multi_mode_product(frame.core, carried, transpose=True)
     return Galerkin(core, bases, tuple(turns), deviation)

@@ -28,10 +28,11 @@ def conv_batch_norm(
 ) -> Array:
     """``norm(conv(x))``, the statistics taken at the kernel's rank where that is possible.
 
-    It is possible for a :class:`TuckerConv` followed by a ``flax.nnx.BatchNorm`` that uses the batch's own statistics: then mean and
-    variance come from the features before the kernel's last factor, and of the arrays of all out-channels only the normalized one is
-    formed (:func:`tdlrt_jax.conv.tucker_conv_batch_norm`). On a CPU the normalizations of a network at 95% compression take more
-    time than its products otherwise. Outputs, gradients and running averages are those of ``norm(conv(x))`` to rounding.
+    It is possible for a :class:`TuckerConv` followed by a ``flax.nnx.BatchNorm`` that uses the batch's own statistics: then mean
+    and variance come from the features before the kernel's last factor, and of the arrays of all out-channels only the
+    normalized one is formed (:func:`tdlrt_jax.conv.tucker_conv_batch_norm`). On a CPU the normalizations of a network at 95%
+    compression take more time than its products otherwise. Outputs, gradients and running averages are those of
+    ``norm(conv(x))`` to rounding.
 
     Any other layers, subclasses of these two, a ``mask``, statistics that are averaged over an axis name, or running averages in
     use, are ``norm(conv(x))`` as it stands; so a model may call this throughout.
@@ -77,7 +78,7 @@ def _takes_part(conv: Any, norm: Any) -> bool:
     )
 
 
-def _uses_the_batch(norm: nnx.BatchNorm, use_running_average: bool | None) -> bool:
+def _uses_the_batch(norm: Any, use_running_average: bool | None) -> bool:
     """Whether it is told to, by the call or else by the layer."""
     return (norm.use_running_average if use_running_average is None else use_running_average) is False
 

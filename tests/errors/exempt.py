@@ -14,6 +14,7 @@ REASONS = {
     _NODE: (
         *("tucker.TuckerTensor", "frame.Frame", "ranks.RankPolicy", "baselines.cp.CPTensor", "paths.KernelTree"),
         *("conv.geometry.Geometry", "conv.onepass.Tap", "conv.onepass.Application", "conv.onepass.Applied"),
+        *(f"conv.normalization.{n}" for n in ("Normalized", "OutputGradient", "Saved")),
         *("dynamics.flows.Flow", "dynamics.flows.MovingFrame", "dynamics.momentum.Rolling", "budget.Plan"),
     ),
     _ANSWER: (
@@ -28,6 +29,8 @@ REASONS = {
     ),
     _INNER: (
         *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
+        *(f"conv.normalization.{n}" for n in ("normalize", "normalize_dense", "normalize_pullback")),
+        *("conv.onepass.apply_normalized", "conv.onepass.core_cotangent", "conv.rows.contract_rows"),
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
         *(
             f"inspection.{n}"
@@ -47,7 +50,12 @@ REASONS = {
         *(f"integrators.base.{n}" for n in ("Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors")),
     ),
     _CHECKED: (
-        *("conv.convolution.convolve", "conv.convolution.sample_pixels", "conv.geometry.output_size"),
+        *(
+            "conv.convolution.convolve",
+            "conv.convolution.kernel_gradient",
+            "conv.convolution.sample_pixels",
+            "conv.geometry.output_size",
+        ),
         *(
             "conv.geometry.pad_border",
             "conv.plans.plan_for",

@@ -19,6 +19,7 @@ from tests.errors.core import DENSE, KERNEL, KEY, MATRIX, NAN, TREE, loss
 X = jnp.ones((2, 5, 5, 4))
 RNGS = functools.partial(nnx.Rngs, 0)
 LAYER = nn.TuckerConv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+NORM = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
 PLAIN_LINEN = flax_linen.Dense(3)
 PLAIN = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
 CP = baselines.cp_normal(KEY, (3, 3, 4, 6), 2, norm=1.0)
@@ -58,6 +59,24 @@ CONV = {
         *each(lambda v: tdlrt_jax.tucker_conv(X, KERNEL._replace(factors=v)), "kernel", ((), KERNEL.factors[:3], None)),
         *each(lambda v: tdlrt_jax.tucker_conv(X, KERNEL, precision=v), "precision", ("most", 3)),
         *each(lambda v: tdlrt_jax.tucker_conv(X, KERNEL, preferred_element_type=v), "preferred_element_type", ("x", 3)),
+    ],
+    "conv.tucker_conv_batch_norm": [
+        *windows(lambda **options: conv.tucker_conv_batch_norm(X, KERNEL, **options)),
+        *each(lambda v: conv.tucker_conv_batch_norm(v, KERNEL), "x", (None, "x", jnp.ones((2, 5, 5, 3)), jnp.ones(4))),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, v), "kernel", (None, "x", 3, jnp.ones(3), [1, 2])),
+        *each(
+            lambda v: conv.tucker_conv_batch_norm(X, KERNEL, v), "scale", ("x", 3, 1.0, jnp.ones(5), jnp.ones((6, 1)))
+        ),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, KERNEL, bias=v), "bias", ("x", 0.0, jnp.ones(5))),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, KERNEL, epsilon=v), "epsilon", (-1e-5, NAN, None, "x", True)),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, KERNEL, groups=v), "groups", (0, -1, 1.5, "x", None)),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, KERNEL, plan=v), "plan", ("fast", 3, [])),
+        *each(lambda v: conv.tucker_conv_batch_norm(X, KERNEL, precision=v), "precision", ("most", 3)),
+        *each(
+            lambda v: conv.tucker_conv_batch_norm(X, KERNEL, preferred_element_type=v),
+            "preferred_element_type",
+            ("x", 3, "int32"),
+        ),
     ],
     "tucker_linear": [
         *each(lambda v: tdlrt_jax.tucker_linear(v, MATRIX), "x", (None, "x", jnp.ones((2, 3)), 1.0)),
@@ -153,6 +172,11 @@ NN = {
     "nn.TuckerLinear": [
         *of_layer(nn.TuckerLinear, TUCKER),
         *each(layer(nn.TuckerLinear), "inputs", (jnp.ones((2, 3)), None, "x")),
+    ],
+    "nn.conv_batch_norm": [
+        *each(lambda v: nn.conv_batch_norm(v, NORM, X), "conv", (3, None)),
+        *each(lambda v: nn.conv_batch_norm(LAYER, v, X), "norm", (3, None)),
+        *each(lambda v: nn.conv_batch_norm(LAYER, NORM, v), "inputs", (jnp.ones((2, 5, 5, 3)), jnp.ones(4), None, "x")),
     ],
     "nn.CPConv": of_layer(nn.CPConv, {**WINDOW, "rank": (0, -1, 1.5, "x", NAN, None)}),
     "nn.MatrixConv": of_layer(nn.MatrixConv, WINDOW),

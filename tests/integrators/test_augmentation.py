@@ -195,6 +195,7 @@ def random_tangent(rng, kernel):
         ((3, 6, 7), (None, 2, 3), None),
         ((6, 8), (3, 3), (5, 5)),
         ((4, 5, 6), (4, 2, 5), None),  # a full mode, and one without room for as many new directions
+        ((4, 5, 6), (2, 2, 3), (4, 4, 6)),  # room for new directions only in the place of unused columns
     ],
 )
 def test_tangent_vectors_as_cores_in_augmented_bases(x64, rng, shape, rank, capacity):
@@ -212,13 +213,19 @@ def test_tangent_vectors_as_cores_in_augmented_bases(x64, rng, shape, rank, capa
     # With no new directions, only the core of it.
     np.testing.assert_array_equal(embed(other, unchanged(frame)), other.core)
 
-    # The network does not change: U stays bit for bit, the core is padded with zeros.
+    # A mode has no more columns than rows.
+    new = [(u, t) for u, t in zip(kernel.factors, augmented.new) if u is not None]
+    assert [b.shape[1] for b in augmented.bases if b is not None] == [
+        min(u.shape[1] + t.shape[1], len(u)) for u, t in new
+    ]
+    # The network does not change: the columns of U stay bit for bit, the core is padded with zeros.
     widths = [(0, a - r) for a, r in zip(core.shape, kernel.core.shape)]
     np.testing.assert_array_equal(augmented.core, np.pad(kernel.core, widths))
     np.testing.assert_allclose(to_dense(TuckerTensor(augmented.core, augmented.bases)), to_dense(kernel), atol=1e-14)
     for basis, u in zip(augmented.bases, kernel.factors):
         if u is not None:
-            np.testing.assert_array_equal(basis[:, : u.shape[1]], u)
+            used = np.any(u != 0, axis=0)
+            np.testing.assert_array_equal(basis[:, : u.shape[1]][:, used], u[:, used])
             np.testing.assert_allclose(basis.T @ basis, np.diag(np.any(basis != 0, axis=0)), atol=1e-14)
     assert unchanged(frame).core.shape == kernel.core.shape
 
