@@ -1,7 +1,8 @@
-"""What XLA's convolutions cost where the library takes another way: inside of control flow, and between few channels.
+"""What XLA's operations cost where the library takes another way: inside of control flow, between few channels, over many pixels.
 
 A 3x3 convolution's kernel gradient (``corr``) by itself and inside of a ``lax.cond``, as a convolution and as matrix products;
-and forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels.
+forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels; kernel gradients of
+many pixels; and products that contract all pixels, as factors have them for their gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,24 @@ __all__ = ["cells"]
 SIZES = ((32, 18), (16, 36), (8, 72), (4, 144))  # (pixels a side, channels in and out)
 NARROW = (1, 3, 8, 16, 32)
 ODD_AND_EVEN = (3, 4, 7, 8, 15, 16)
+GRADIENTS = (
+    (32, 8),
+    (32, 16),
+    (32, 24),
+    (16, 8),
+    (16, 16),
+    (16, 32),
+    (8, 32),
+    (8, 64),
+    (4, 64),
+)  # (pixels a side, channels)
+ROWS = (
+    (131072, 64, 8),
+    (131072, 64, 24),
+    (32768, 128, 16),
+    (8192, 256, 32),
+    (2048, 512, 64),
+)  # (pixels, channels, rank)
 
 
 def cells(options: Options) -> list[Cell]:
@@ -35,6 +54,8 @@ def cells(options: Options) -> list[Cell]:
         Cell("few in-channels", partial(_forward, options.rounds, batch, 3, NARROW, 64)),
         Cell("odd and even in-channels, 3x3", partial(_forward, options.rounds, batch, 3, ODD_AND_EVEN, 24)),
         Cell("odd and even in-channels, 5x5", partial(_forward, options.rounds, batch, 5, ODD_AND_EVEN, 24)),
+        Cell("kernel gradients", partial(_kernel_gradients, options.rounds, batch)),
+        Cell("products over all pixels", partial(_rows, options.rounds, batch)),
     ]
 
 
@@ -42,7 +63,7 @@ def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callab
     import jax
     import jax.numpy as jnp
 
-    from tdlrt_jax.conv.convolution import convolve
+    from tdlrt_jax.conv.convolution import convolve, kernel_gradient
     from tdlrt_jax.conv.geometry import resolve
 
     window = (3, 3)
@@ -51,7 +72,9 @@ def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callab
     x, dy = (jax.random.normal(jax.random.key(i), (batch, side, side, channels)) for i in range(2))
 
     def gradient(products: bool, x: Any, dy: Any) -> Any:
-        return jax.linear_transpose(lambda k: convolve(x, k, geometry, products=products), kernel)(dy)[0]
+        if products:
+            return kernel_gradient(x, dy, window, geometry, products=True)
+        return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
 
     def inside(products: bool, x: Any, dy: Any, predicate: Any) -> Any:
         return jax.lax.cond(predicate, lambda: gradient(products, x, dy), lambda: kernel)
@@ -81,6 +104,53 @@ def _forward(
         x = jax.random.normal(jax.random.key(0), (batch, 32, 32, channels))
         kernel = jax.random.normal(jax.random.key(1), (side, side, channels, n_out))
         programs[f"{channels} to {n_out} channels"] = partial(_run, jax.jit(convolution), x, kernel)
+    say("timing")
+    return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+
+
+def _kernel_gradients(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The transpose of XLA's 3x3 convolution in its kernel, and as many matrix products as the window has positions."""
+    import jax
+    import jax.numpy as jnp
+
+    from tdlrt_jax.conv.convolution import convolve, kernel_gradient
+    from tdlrt_jax.conv.geometry import resolve
+
+    def convolution(geometry: Any, x: Any, dy: Any) -> Any:
+        kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]))
+        return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
+
+    def products(geometry: Any, x: Any, dy: Any) -> Any:
+        return kernel_gradient(x, dy, (3, 3), geometry, products=True)
+
+    programs = {}
+    for side, channels in GRADIENTS:
+        geometry, _ = resolve((3, 3), (side, side))
+        x, dy = (jax.random.normal(jax.random.key(i), (batch, side, side, channels)) for i in range(2))
+        for way in (convolution, products):
+            name = f"{channels} channels at {side}x{side} pixels, {way.__name__}"
+            programs[name] = partial(_run, jax.jit(partial(way, geometry)), x, dy)
+    say("timing")
+    return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+
+
+def _rows(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """``A^T B`` with a long sum, as one product and as the library takes it."""
+    import jax
+    import jax.numpy as jnp
+
+    from tdlrt_jax.conv.rows import contract_rows
+
+    def at_once(a: Any, b: Any) -> Any:
+        return jnp.matmul(b.T, a).T  # the small operand first, which is the better order
+
+    programs = {}
+    for rows, channels, rank in ROWS:
+        rows = rows * batch // 128
+        a, b = (jax.random.normal(jax.random.key(i), (rows, size)) for i, size in enumerate((channels, rank)))
+        name = f"{rows} pixels, {channels} by {rank}"
+        programs[f"{name}, at once"] = partial(_run, jax.jit(at_once), a, b)
+        programs[f"{name}, in chunks"] = partial(_run, jax.jit(contract_rows), a, b)
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 

@@ -11,10 +11,12 @@ from jax import Array
 
 __all__ = ["contract_rows"]
 
-# XLA's CPU backend takes such a product whole, on one core where the result is small: chunks of about so many rows and their sum
-# are two to five times faster from as many channels on (two cores, jaxlib 0.10, 8 to 512 channels, 2,048 to 131,072 rows).
+# XLA's CPU backend takes such a product whole, on one core where the result is small: chunks of about so many rows and their
+# sum are faster from so many channels on, up to four times (benchmarks/results/cpu). They are at least eight, so that rows spread
+# over as many devices are summed up on each of them first.
 _ROWS = 2048
 _CHANNELS = 32
+_CHUNKS = 8
 
 
 def contract_rows(a: Array, b: Array, *, precision: Any = None, dtype: Any = None) -> Array:
@@ -35,8 +37,8 @@ def contract_rows(a: Array, b: Array, *, precision: Any = None, dtype: Any = Non
 
 
 def _chunks(rows: int) -> int:
-    """A power of two that divides the rows, for chunks of about ``_ROWS``; two for half of that."""
+    """A power of two that divides the rows, for chunks of about ``_ROWS``, of half of that if they are few; or 1."""
     chunks = 1
-    while rows % (2 * chunks) == 0 and rows // (2 * chunks) >= (_ROWS if chunks > 1 else _ROWS // 2):
+    while rows % (2 * chunks) == 0 and rows // (2 * chunks) >= (_ROWS if chunks >= _CHUNKS else _ROWS // 2):
         chunks *= 2
-    return chunks
+    return chunks if chunks >= _CHUNKS else 1
