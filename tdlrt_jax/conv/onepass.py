@@ -248,7 +248,7 @@ def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame
     plain = how._replace(preferred_element_type=None)
     p = _project(plain, dy, frame.U[-1], b)
     if how.geometry.groups == 1:
-        last = contract_rows(dy, b, precision=how.precision).astype(frame.K[-1].dtype)
+        last = contract_rows(dy, b, precision=how.precision, dtype=frame.K[-1].dtype)
     else:
         last = _transpose(lambda k: _expand(plain, b, k), frame.K[-1], dy)
     return _gradients(how, x, a, frame, p, last, tapped)
@@ -306,7 +306,7 @@ def _gradients(
     e = _transpose(lambda a: _convolve(how, a, kernel), a, p)
     dx = _transpose(lambda z: _reduce(how, z, K[-2]), x, e)
     if how.stream_in and how.geometry.groups == 1:
-        dK[-2] = contract_rows(x, e, precision=how.precision).astype(K[-2].dtype)
+        dK[-2] = contract_rows(x, e, precision=how.precision, dtype=K[-2].dtype)
     elif how.stream_in:
         dK[-2] = _transpose(lambda k: _reduce(how, x, k), K[-2], e)
 
