@@ -18,6 +18,7 @@ The covariance is that of centered features, and no variance is the difference o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,15 @@ from jax import Array
 from tdlrt_jax.conv.rows import contract_rows
 from tdlrt_jax.tucker import HIGHEST
 
-__all__ = ["Normalized", "OutputGradient", "Saved", "normalize", "normalize_dense", "normalize_pullback"]
+__all__ = [
+    "Normalized",
+    "OutputGradient",
+    "Saved",
+    "normalize",
+    "normalize_dense",
+    "normalize_in_reverse",
+    "normalize_pullback",
+]
 
 
 class Normalized(NamedTuple):
@@ -135,6 +144,33 @@ def normalize_pullback(
     dmatrix = saved.gain[:, None] * d - n * jnp.matmul(slopes, saved.covariance, precision=HIGHEST)
     dmatrix = dmatrix + dmean[:, None] * saved.mean
     return OutputGradient(dz, saved.gain, saved.centered, slopes, shift), dmatrix, dscale, dbias
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def normalize_in_reverse(
+    epsilon: float, precision: Any, dtype: Any, b: Array, matrix: Array, scale: Array, bias: Array
+) -> Normalized:
+    """:func:`normalize`, differentiated by :func:`normalize_pullback`: quicker than by JAX's rules, and in reverse mode alone."""
+    return normalize(b, matrix, scale, bias, epsilon=epsilon, precision=precision, dtype=dtype)[0]
+
+
+def _normalize_forward(
+    epsilon: float, precision: Any, dtype: Any, b: Array, matrix: Array, scale: Array, bias: Array
+) -> tuple[Normalized, Any]:
+    result, saved = normalize(b, matrix, scale, bias, epsilon=epsilon, precision=precision, dtype=dtype)
+    return result, (b, matrix, scale, bias, saved)
+
+
+def _normalize_backward(
+    epsilon: float, precision: Any, dtype: Any, residuals: Any, cotangents: Normalized
+) -> tuple[Array, Array, Array, Array]:
+    b, matrix, scale, bias, saved = residuals
+    dy, *rest = normalize_pullback(saved, matrix, cotangents, precision)
+    dmatrix, dscale, dbias = (d.astype(like.dtype) for d, like in zip(rest, (matrix, scale, bias)))
+    return dy.project(matrix, precision).astype(b.dtype), dmatrix, dscale, dbias
+
+
+normalize_in_reverse.defvjp(_normalize_forward, _normalize_backward)
 
 
 def normalize_dense(y: Array, scale: Array | None, bias: Array | None, *, epsilon: float, dtype: Any) -> Normalized:

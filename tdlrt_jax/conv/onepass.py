@@ -29,7 +29,13 @@ from jax.extend.core import get_opaque_trace_state
 
 from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import Geometry
-from tdlrt_jax.conv.normalization import Normalized, OutputGradient, normalize, normalize_pullback
+from tdlrt_jax.conv.normalization import (
+    Normalized,
+    OutputGradient,
+    normalize,
+    normalize_in_reverse,
+    normalize_pullback,
+)
 from tdlrt_jax.conv.rows import contract_rows
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
@@ -106,24 +112,27 @@ def apply_normalized(
 
     Args:
       how: with streamed out-channels and without groups.
-      x, kernel: as in :func:`apply_kernel`, which says how they differentiate.
+      x, kernel: as in :func:`apply_kernel`, which says how they differentiate; any frame in reverse mode alone.
       scale, bias, epsilon: of the normalization.
       dtype: of the output.
     """
-    if isinstance(kernel, Frame):
-        if kernel.K is not None:
-            gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
-            scale, bias = gain if scale is None else scale, 0 * gain if bias is None else bias
+    if not isinstance(kernel, Frame):
+        b, last = _features(how, x, kernel), kernel.factors[-1]
+        return normalize(b, last, scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)[0]
 
-            def output_gradient(x: Array, frame: Frame) -> OutputGradient:
-                result, (*_, saved) = _normalized_forward(how, epsilon, dtype, x, frame, gain, gain)
-                return normalize_pullback(saved, frame.K[-1], result, how.precision)[0]
+    gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
+    scale, bias = gain if scale is None else scale, 0 * gain if bias is None else bias
+    if kernel.K is None:
+        fixed = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+        b = _features(how, x, fixed)
+        return normalize_in_reverse(epsilon, how.precision, dtype, b, fixed.factors[-1], scale, bias)
 
-            _note(how, x, kernel, output_gradient)
-            return _one_pass_normalized(how, epsilon, dtype, x, kernel, scale, bias)
-        kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
-    b = _features(how, x, kernel)
-    return normalize(b, kernel.factors[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)[0]
+    def output_gradient(x: Array, frame: Frame) -> OutputGradient:
+        result, (*_, saved) = _normalized_forward(how, epsilon, dtype, x, frame, gain, gain)
+        return normalize_pullback(saved, frame.K[-1], result, how.precision)[0]
+
+    _note(how, x, kernel, output_gradient)
+    return _one_pass_normalized(how, epsilon, dtype, x, kernel, scale, bias)
 
 
 def core_cotangent(how: Application, tap: Tap, frame: Frame) -> Array:

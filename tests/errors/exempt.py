@@ -29,7 +29,10 @@ REASONS = {
     ),
     _INNER: (
         *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
-        *(f"conv.normalization.{n}" for n in ("normalize", "normalize_dense", "normalize_pullback")),
+        *(
+            f"conv.normalization.{n}"
+            for n in ("normalize", "normalize_dense", "normalize_in_reverse", "normalize_pullback")
+        ),
         *("conv.onepass.apply_normalized", "conv.onepass.core_cotangent", "conv.rows.contract_rows"),
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
         *(
