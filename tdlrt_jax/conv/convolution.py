@@ -23,7 +23,7 @@ _MANY_CHANNELS = 16
 _SLOW_IF_ODD = range(17, 35)
 # Kernel gradients of XLA's CPU backend are slow where images are many pixels of more than a few channels: from so many pixels and
 # so many multiply-adds a window position on, up to so many channels, a product for each position is up to three times as fast
-# (two cores, jaxlib 0.10, 3x3 windows).
+# (two cores, jaxlib 0.10, benchmarks/results/cpu_xeon).
 _MANY_PIXELS, _MUCH_WORK, _NOT_TOO_MANY_CHANNELS = 8192, 18_000_000, 100
 
 

@@ -12,8 +12,8 @@ from jax import Array
 __all__ = ["contract_rows"]
 
 # XLA's CPU backend takes such a product whole, on one core where the result is small: chunks of about so many rows and their
-# sum are faster from so many channels on, up to four times (benchmarks/results/cpu). They are at least eight, so that rows spread
-# over as many devices are summed up on each of them first.
+# sum are faster from so many channels on, up to four times (benchmarks/results/cpu_xeon). They are at least eight, so that rows
+# spread over as many devices are summed up on each of them first.
 _ROWS = 2048
 _CHANNELS = 32
 _CHUNKS = 8
