@@ -63,26 +63,19 @@ def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callab
     import jax
     import jax.numpy as jnp
 
-    from tdlrt_jax.conv.convolution import convolve, kernel_gradient
     from tdlrt_jax.conv.geometry import resolve
 
-    window = (3, 3)
-    geometry, _ = resolve(window, (side, side))
-    kernel = jnp.zeros((*window, channels, channels))
+    geometry, _ = resolve((3, 3), (side, side))
+    kernel = jnp.zeros((3, 3, channels, channels))
     x, dy = (jax.random.normal(jax.random.key(i), (batch, side, side, channels)) for i in range(2))
 
-    def gradient(products: bool, x: Any, dy: Any) -> Any:
-        if products:
-            return kernel_gradient(x, dy, window, geometry, products=True)
-        return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
-
-    def inside(products: bool, x: Any, dy: Any, predicate: Any) -> Any:
-        return jax.lax.cond(predicate, lambda: gradient(products, x, dy), lambda: kernel)
+    def inside(gradient: Callable[..., Any], x: Any, dy: Any, predicate: Any) -> Any:
+        return jax.lax.cond(predicate, lambda: gradient(geometry, x, dy), lambda: kernel)
 
     programs = {}
-    for name, products in (("convolution", False), ("matrix products", True)):
-        programs[name] = partial(_run, jax.jit(partial(gradient, products)), x, dy)
-        programs[f"{name} inside of cond"] = partial(_run, jax.jit(partial(inside, products)), x, dy, jnp.bool_(True))
+    for name, gradient in (("convolution", _by_convolution), ("matrix products", _by_products)):
+        programs[name] = partial(_run, jax.jit(partial(gradient, geometry)), x, dy)
+        programs[f"{name} inside of cond"] = partial(_run, jax.jit(partial(inside, gradient)), x, dy, jnp.bool_(True))
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 
@@ -111,27 +104,34 @@ def _forward(
 def _kernel_gradients(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The transpose of XLA's 3x3 convolution in its kernel, and as many matrix products as the window has positions."""
     import jax
-    import jax.numpy as jnp
 
-    from tdlrt_jax.conv.convolution import convolve, kernel_gradient
     from tdlrt_jax.conv.geometry import resolve
-
-    def convolution(geometry: Any, x: Any, dy: Any) -> Any:
-        kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]))
-        return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
-
-    def products(geometry: Any, x: Any, dy: Any) -> Any:
-        return kernel_gradient(x, dy, (3, 3), geometry, products=True)
 
     programs = {}
     for side, channels in GRADIENTS:
         geometry, _ = resolve((3, 3), (side, side))
         x, dy = (jax.random.normal(jax.random.key(i), (batch, side, side, channels)) for i in range(2))
-        for way in (convolution, products):
-            name = f"{channels} channels at {side}x{side} pixels, {way.__name__}"
-            programs[name] = partial(_run, jax.jit(partial(way, geometry)), x, dy)
+        for name, gradient in (("convolution", _by_convolution), ("products", _by_products)):
+            program = partial(_run, jax.jit(partial(gradient, geometry)), x, dy)
+            programs[f"{channels} channels at {side}x{side} pixels, {name}"] = program
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+
+
+def _by_convolution(geometry: Any, x: Any, dy: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from tdlrt_jax.conv.convolution import convolve
+
+    kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]))
+    return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
+
+
+def _by_products(geometry: Any, x: Any, dy: Any) -> Any:
+    from tdlrt_jax.conv.convolution import kernel_gradient
+
+    return kernel_gradient(x, dy, (3, 3), geometry, products=True)
 
 
 def _rows(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:

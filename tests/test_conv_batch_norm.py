@@ -233,3 +233,22 @@ def test_core_only_frames_have_the_gradient_of_the_core(rng):
         (_, grads), expected = value_and_grad(ours)(params, x), value_and_grad(oracle)(params, x)[1]
         assert isinstance(grads["kernel"], TuckerTensor) and is_kernel(frame)
         assert_trees_close(grads, expected, 1e-11)
+
+
+def test_gradients_at_a_batch_of_any_size(rng):
+    """Exported once, with a symbolic batch."""
+    x, kernel, scale, bias, _ = problem(rng, "conv", np.float32)
+    params = {"kernel": kernel, "scale": scale, "bias": bias}
+
+    def loss(params, x):
+        z, mean, variance = at_rank(x, *(params[name] for name in ("kernel", "scale", "bias")), plan="factored")
+        return jnp.sum(jnp.sin(z)) + jnp.sum(mean * variance)
+
+    def gradient(leaves, x):
+        return jax.tree.leaves(value_and_grad(loss)(jax.tree.unflatten(jax.tree.structure(params), leaves), x))
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)]
+    exported = jax.export.export(jax.jit(gradient))(shapes, jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
+    for found, expected in zip(exported.call(jax.tree.leaves(params), x), gradient(jax.tree.leaves(params), x)):
+        np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -96,6 +96,8 @@ def kernel_gradient(
 def _is_slow_gradient(dy: Array, shape: Sequence[int]) -> bool:
     """Whether matrix products have the kernel's gradient sooner."""
     channels, pixels = shape[-2:], math.prod(dy.shape[:-1])
+    if not isinstance(pixels, int):  # a symbolic batch
+        return False
     many = pixels >= _MANY_PIXELS and pixels * math.prod(channels) >= _MUCH_WORK
     return many and max(channels) <= _NOT_TOO_MANY_CHANNELS and jax.default_backend() == "cpu"
 

@@ -121,7 +121,7 @@ def apply_normalized(
         return normalize(b, last, scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)[0]
 
     gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
-    scale, bias = gain if scale is None else scale, 0 * gain if bias is None else bias
+    scale, bias = gain if scale is None else scale, jnp.zeros_like(gain) if bias is None else bias
     if kernel.K is None:
         fixed = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
         b = _features(how, x, fixed)

@@ -39,6 +39,8 @@ def contract_rows(a: Array, b: Array, *, precision: Any = None, dtype: Any = Non
 def _chunks(rows: int) -> int:
     """A power of two that divides the rows, for chunks of about ``_ROWS``, of half of that if they are few; or 1."""
     chunks = 1
+    if not isinstance(rows, int):  # a symbolic batch
+        return chunks
     while rows % (2 * chunks) == 0 and rows // (2 * chunks) >= (_ROWS if chunks >= _CHUNKS else _ROWS // 2):
         chunks *= 2
     return chunks if chunks >= _CHUNKS else 1

@@ -47,19 +47,27 @@ class Augmented(NamedTuple):
         """``C̃ = C ×_i [U_i | Ũ_i]^T U_i``: the core padded with zeros (line 8)."""
         return _padded(self.frame.core, self.capacity)
 
-    def join(self, mode: int, old: Array, new: Array, axis: int = 0) -> Array:
-        """What belongs to the columns of ``U_i`` and of ``Ũ_i``, ``R_i`` and ``A_i`` along an axis, as ``M_i`` along it.
+    def place(self, mode: int, new: Array, axis: int = 0) -> Array:
+        """What belongs to the columns of ``Ũ_i``, ``A_i`` along an axis, as ``M_i`` along it, zero where ``U_i`` is.
 
-        ``old`` is zero where a column of ``U_i`` is, and ``new`` likewise.
+        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, wherever the others
+        come to lie.
         """
-        axis = axis % old.ndim
-        size = self.capacity[mode]
-        if old.shape[axis] + new.shape[axis] == size:
-            return jnp.concatenate([old, new], axis)
-        # The columns of Ũ_i that exist fit in beside those of U_i; the others are zero, wherever they come to lie.
-        sizes = (*old.shape[:axis], size, *old.shape[axis + 1 :])
-        first = jnp.sum(active_columns(self.frame.U[mode]))
-        return _padded(old, sizes) + jnp.roll(_padded(new, sizes), first, axis)
+        u = self.frame.U[mode]
+        assert u is not None
+        free = self.capacity[mode] - new.shape[axis]
+        before = min(u.shape[1], free)
+        widths = [(0, 0)] * new.ndim
+        widths[axis] = (before, free - before)
+        placed = jnp.pad(new, widths)
+        fits = before == u.shape[1]
+        return placed if fits else jnp.roll(placed, jnp.sum(active_columns(u)) - before, axis)
+
+    def join(self, mode: int, old: Array, new: Array, axis: int = 0) -> Array:
+        """The same with what belongs to the columns of ``U_i``, ``R_i`` along the axis, which is zero where they are."""
+        widths = [(0, 0)] * old.ndim
+        widths[axis] = (0, self.capacity[mode] - old.shape[axis])
+        return jnp.pad(old, widths) + self.place(mode, new, axis)
 
     def old_rows(self, mode: int, matrix: Array) -> Array:
         """Of ``(M_i, ...)``, the rows that belong to ``U_i``: ``(R_i, ...)``, zero for columns that are."""
@@ -171,7 +179,7 @@ def embed(tangent: TuckerTensor, augmented: Augmented) -> Array:
         if t is None:
             continue
         block = mode_product(q, jnp.matmul(t.T, v, precision=HIGHEST), mode)
-        core = core + _padded(augmented.join(mode, jnp.zeros_like(tangent.core), block, mode), augmented.capacity)
+        core = core + _padded(augmented.place(mode, block, axis=mode), augmented.capacity)
     return core
 
 

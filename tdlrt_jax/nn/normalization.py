@@ -58,20 +58,20 @@ def conv_batch_norm(
     """
     check_callable("conv", conv, "conv(x) -> array")
     check_callable("norm", norm, "norm(array) -> array")
-    if not (_takes_part(conv, norm) and mask is None and _uses_the_batch(norm, use_running_average)):
+    if not (_takes_part(conv, norm, x) and mask is None and _uses_the_batch(norm, use_running_average)):
         options = {"use_running_average": use_running_average, "mask": mask}
         return norm(conv(x), **{name: value for name, value in options.items() if value is not None})
     return _at_rank(conv, norm, x)  # type: ignore[arg-type]
 
 
-def _takes_part(conv: Any, norm: Any) -> bool:
-    """Whether the two are what they seem: a subclass may compute anything."""
+def _takes_part(conv: Any, norm: Any, x: Any) -> bool:
+    """Whether the two are what they seem (a subclass may compute anything), and the features normalized those of ``conv``."""
     return (
         type(conv) is TuckerConv
         and conv.mask is None
         and conv.conv_general_dilated is lax.conv_general_dilated
         and type(norm) is nnx.BatchNorm
-        and norm.axis in (-1, len(conv.kernel_size) + 1)
+        and norm.axis in (-1, jnp.ndim(x) - 1)
         and norm.axis_name is None
         and norm.promote_dtype is dtypes.promote_dtype
         and norm.num_features == conv.out_features

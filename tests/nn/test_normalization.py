@@ -141,6 +141,15 @@ def test_all_else_is_left_to_the_layers(monkeypatch, settings, call):
     assert counted.calls == 0
 
 
+def test_an_axis_counts_all_batch_dimensions(monkeypatch):
+    """With two of them, axis 3 is the images' width, and only axis 4 the channels."""
+    counted, x = Counted(monkeypatch), jnp.stack([images()[:, :, :1].repeat(6, 2), images()[:, :, 1:2].repeat(6, 2)])
+    for axis, calls in ((3, 0), (4, 1)):
+        ours, plain = (Block(together, norm_options={"axis": axis}) for together in (True, False))
+        np.testing.assert_allclose(ours(x), plain(x), atol=2e-5)
+        assert counted.calls == calls
+
+
 def test_the_call_decides_over_the_layer(monkeypatch):
     counted = Counted(monkeypatch)
     block = Block(True, norm_options={"use_running_average": True})
