@@ -7,7 +7,7 @@ from typing import Any
 import tdlrt_jax
 from experiments.metrics import layer_name
 from experiments.programs import TrainState
-from tdlrt_jax.capacity import full_kernels
+from tdlrt_jax.capacity import COMPILATION_STEPS, full_kernels
 
 __all__ = ["fit_arrays", "full_layers", "pressing_note"]
 
@@ -26,16 +26,30 @@ def pressing_note(record: dict[str, Any], resize: bool) -> str:
     )
 
 
-def fit_arrays(state: TrainState, max_rank: int | None, *, grow: bool) -> TrainState:
+def fit_arrays(
+    state: TrainState,
+    max_rank: int | None,
+    *,
+    grow: bool,
+    steps_left: int | None = None,
+    compilation_steps: int = COMPILATION_STEPS,
+) -> TrainState:
     """The same state with arrays that fit the ranks, or just the same where that is not worth a compilation.
 
     Args:
       state: between two steps.
       max_rank: no rank is wanted above.
       grow: whether a step reported a rank at its capacity.
+      steps_left, compilation_steps: see :func:`tdlrt_jax.fit_capacity`.
     """
     kernels = tdlrt_jax.kernel_paths(state.params)
-    wanted = tdlrt_jax.fit_capacity(state.params, max_rank=_bounds(state.params, max_rank), grow=grow)
+    wanted = tdlrt_jax.fit_capacity(
+        state.params,
+        max_rank=_bounds(state.params, max_rank),
+        grow=grow,
+        steps_left=steps_left,
+        compilation_steps=compilation_steps,
+    )
     if all(tuple(kernels[name].core.shape) == size for name, size in wanted.items()):
         return state
     params, opt_state = (tdlrt_jax.resize(tree, wanted) for tree in (state.params, state.opt_state))

@@ -160,6 +160,8 @@ class TdlrtConfig:
     """No rank rises above."""
     resize: bool = True
     """Arrays follow the ranks at the ends of epochs, which saves time and memory at the price of a compilation."""
+    compilation_steps: int = 300
+    """What a compilation costs, in steps: arrays shrink only where more are saved. 0: wherever arrays shrink by a quarter."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
@@ -176,6 +178,7 @@ class TdlrtConfig:
             ("spare", 0),
             ("adapt_every", 1),
             ("warmup", 0),
+            ("compilation_steps", 0),
             ("min_rank", 1),
             ("max_rank", self.min_rank),
         ):

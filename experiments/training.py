@@ -239,7 +239,13 @@ class Training:
             writer.scalars(scalars(record), record["step"])
         if self.adaptive and self.config.tdlrt.resize:
             here = self._here()
-            fitted = fit_arrays(here, self.config.tdlrt.max_rank, grow=self.sums.pressing_steps > 0)
+            fitted = fit_arrays(
+                here,
+                self.config.tdlrt.max_rank,
+                grow=self.sums.pressing_steps > 0,
+                steps_left=(self.config.epochs - self.epoch - 1) * self.steps_per_epoch,
+                compilation_steps=self.config.tdlrt.compilation_steps,
+            )
             if fitted is not here:
                 self.state = self.devices.replicate(fitted)
             self.status &= ~RANK_AT_CAPACITY

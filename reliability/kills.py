@@ -50,7 +50,7 @@ OPTIONS: tuple[str, ...] = (
     "--save-every",
     "4",
 )
-OPTIONS += ("--rank", "24", "--budget", "0.98", "--budget-epochs", "5")
+OPTIONS += ("--rank", "24", "--budget", "0.98", "--budget-epochs", "5", "--compilation-steps", "0")
 
 
 class Moment:

@@ -38,9 +38,12 @@ from tdlrt_jax.tucker import (
     parameter_count,
 )
 
-__all__ = ["array_bytes", "canonicalize", "fit_capacity", "full_kernels", "resize"]
+__all__ = ["COMPILATION_STEPS", "array_bytes", "canonicalize", "fit_capacity", "full_kernels", "resize"]
 
 Capacity = int | Sequence[int]
+
+# What compiling a step anew costs, in steps: 100 (VGG16, full width) to 600 (AlexNet, a quarter of it) on two CPU cores.
+COMPILATION_STEPS = 300
 
 
 def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
@@ -144,6 +147,8 @@ def fit_capacity(
     hysteresis: float = 0.75,
     max_rank: Mapping[str, Sequence[int]] | None = None,
     grow: bool = True,
+    steps_left: int | None = None,
+    compilation_steps: int = COMPILATION_STEPS,
 ) -> dict[str, tuple[int, ...]]:
     """Proposes a capacity for every kernel from the ranks in use now; give it to :func:`resize`.
 
@@ -167,6 +172,9 @@ def fit_capacity(
       max_rank: largest useful capacities by kernel path, one a mode, if there are bounds.
       grow: whether a rank that fills its arrays is a reason. Such a rank need not press: pass ``False`` where no step since the
         last call reported ``tdlrt_jax.status.RANK_AT_CAPACITY``.
+      steps_left: how many steps are still to come, where that is known. Arrays then shrink only if the steps saved by it are more
+        than a compilation costs: at the most the part of the numbers stored that goes, times the steps that are left.
+      compilation_steps: what a compilation costs, in steps: some hundreds on a CPU.
 
     Returns:
       Kernel path to capacities, one a mode; the present ones, all of them, where nothing is worth a change.
@@ -187,6 +195,9 @@ def fit_capacity(
         raise ValueError(
             f"hysteresis={hysteresis}: expected a fraction in (0, 1], 0.75 to shrink for a quarter or more"
         )
+    if steps_left is not None:
+        check_integer("steps_left", steps_left, 0, "None or a number of steps")
+    check_integer("compilation_steps", compilation_steps, 0, "a number of steps")
     kernels = kernel_paths(params)
     limits = _limits(kernels, max_rank)
     ranks = _ranks(kernels)
@@ -209,7 +220,9 @@ def fit_capacity(
         name: useful(name, kernel, [min(size, fit) for size, fit in zip(present[name], fitted[name])])
         for name, kernel in kernels.items()
     }
-    return smaller if _stored(kernels, smaller) < hysteresis * _stored(kernels, present) else present
+    before, after = _stored(kernels, present), _stored(kernels, smaller)
+    worth = steps_left is None or (before - after) * steps_left > compilation_steps * before
+    return smaller if after < hysteresis * before and worth else present
 
 
 def full_kernels(params: Any, *, max_rank: Mapping[str, Sequence[int]] | None = None) -> list[str]:

@@ -1,5 +1,7 @@
 """Capacities: arrays and optimizer state change size, tensors and trajectories do not."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from tdlrt_jax import (
     to_dense,
     value_and_grad,
 )
-from tdlrt_jax.tucker import active_columns, unfold
+from tdlrt_jax.tucker import active_columns, parameter_count, unfold
 from tests import references
 from tests.helpers import dense64, orthonormality, random_kernel
 
@@ -137,6 +139,23 @@ def test_fit_capacity_leaves_alone_what_is_not_worth_a_compilation(rng):
     # Fitted arrays stay: nothing oscillates.
     params = resize(ranked(rng, (3, 64, 64), (None, 4, 6), (3, 40, 40)), {"w": (3, 8, 16)})
     assert fit_capacity(params) == {"w": (3, 8, 16)}
+
+
+def test_fit_capacity_shrinks_only_where_the_steps_left_pay_for_the_compilation(rng):
+    params = ranked(rng, (3, 64, 64), (None, 4, 6), (3, 16, 24))
+    before, after = (3, 16, 24), (3, 8, 16)
+    stored = [parameter_count((3, 64, 64), sizes, (True, False, False)) for sizes in (before, after)]
+    steps = 100 * stored[0] / (stored[0] - stored[1])  # as many are saved as the compilation costs
+    assert fit_capacity(params, compilation_steps=100) == {"w": after}
+    assert fit_capacity(params, compilation_steps=100, steps_left=math.floor(steps)) == {"w": before}
+    assert fit_capacity(params, compilation_steps=100, steps_left=math.floor(steps) + 1) == {"w": after}
+    assert fit_capacity(params, compilation_steps=0, steps_left=1) == {"w": after}
+    assert fit_capacity(params, compilation_steps=0, steps_left=0) == {"w": before}
+
+
+def test_ranks_that_fill_their_arrays_make_them_grow_whatever_is_left(rng):
+    params = ranked(rng, (3, 64, 64), (None, 4, 6), (3, 4, 6))
+    assert fit_capacity(params, steps_left=1) == {"w": (3, 8, 16)}
 
 
 def test_fit_capacity_grows_where_a_rank_fills_its_arrays(rng):

@@ -74,6 +74,11 @@ TOP = {
         *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, headroom=v), "headroom") for value in (0.5, NAN, "x", None)],
         *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, multiple=v), "multiple") for value in (0, 1.5, "x", None)],
         *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, hysteresis=v), "hysteresis") for value in (0, 2, NAN, "x")],
+        *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, steps_left=v), "steps_left") for value in (-1, 1.5, "x")],
+        *[
+            (lambda v=value: tdlrt_jax.fit_capacity(TREE, compilation_steps=v), "compilation")
+            for value in (-1, 1.5, None)
+        ],
         (lambda: tdlrt_jax.fit_capacity(TREE, max_rank={"v": (1, 1, 1, 1)}), "max_rank"),
         (lambda: tdlrt_jax.fit_capacity(TREE, max_rank={"w": (1, 1)}), "max_rank"),
         (lambda: tdlrt_jax.fit_capacity(TREE, max_rank={"w": 3}), "max_rank"),

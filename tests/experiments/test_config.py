@@ -89,6 +89,12 @@ def test_digits_are_never_mirrored_unless_asked():
             assert choice == {"crop_flip": (True, True), "crop": (True, False), "off": (False, False)}[augment]
 
 
+def test_a_compilation_costs_the_job_what_it_costs_the_library():
+    from tdlrt_jax.capacity import COMPILATION_STEPS  # which imports what is slow
+
+    assert TdlrtConfig().compilation_steps == COMPILATION_STEPS
+
+
 def test_options_as_json_are_flat_and_complete(tmp_path):
     flat = TrainConfig(run=RunConfig(run_dir=tmp_path, seed=3), model=ModelConfig(rank=8)).to_json()
     assert (

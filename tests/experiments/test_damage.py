@@ -20,7 +20,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 TUCKER = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "3"]
-TUCKER += ["--rank", "12", "--tau", "0.4", "--learning-rate", "0.02"]
+TUCKER += ["--rank", "12", "--tau", "0.4", "--learning-rate", "0.02", "--compilation-steps", "0"]
 CLOCK = ("seconds", "evaluation_seconds", "compilations", "compile_seconds")
 
 
