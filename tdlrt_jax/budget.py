@@ -34,8 +34,9 @@ from tdlrt_jax.tucker import (
 
 __all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_state", "mode_energies", "plan_budget"]
 
-# The tolerance is searched between these; under the first, float32 no longer tells directions from rounding.
-_SMALLEST, _LARGEST = 1e-4, 1.0
+# The tolerance is searched between these. Under the first, float32 no longer tells directions from rounding; at the second the
+# share of each mode is the whole kernel, up to nine modes, so that nothing stays but the least ranks.
+_SMALLEST, _LARGEST = 1e-4, 3.0
 _HALVINGS = 24
 
 

@@ -121,6 +121,13 @@ def lift(kernel: TuckerTensor) -> Frame:
     return lift_all([kernel])[0]
 
 
+def core_frame(kernel: TuckerTensor, name: str = "") -> Frame:
+    """The core-only :class:`Frame` at a kernel, in whose chart the core alone moves; raises as :func:`lift` does."""
+    check_structure(kernel, name)
+    core = kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32))
+    return Frame(core, None, kernel.factors, None)
+
+
 def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
     """:func:`lift` for all kernels of a network, already checked: unfoldings of equal shapes are factorized as one batch.
 

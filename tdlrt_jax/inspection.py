@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ __all__ = ["ORTHONORMAL", "adds_up", "all_finite", "deviation", "largest_deviati
 # Largest entry of |U^T U - I| that a step accepts. Its Newton-Schulz correction (see orthonormal_factors) takes a deviation E to
 # 3/4 E^2, so what is accepted is orthonormal to 1e-6 afterwards, and to rounding one step later.
 ORTHONORMAL = 1e-3
+# Leaves of up to so many entries are looked at together: a copy costs less than operations for each, to compile above all.
+_SMALL = 2**16
 
 
 def deviation(factor: Array, gram: Array | None = None) -> Array:
@@ -43,7 +45,7 @@ def largest_deviation(factors: Sequence[ModeArray]) -> Array:
 
 def all_finite(tree: Any) -> Array:
     """Whether all floating numbers in a pytree are finite: a boolean scalar."""
-    return _all([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)])
+    return _hold(jnp.isfinite, [(leaf,) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)])
 
 
 def stays_finite(before: Any, after: Any) -> Array:
@@ -52,7 +54,9 @@ def stays_finite(before: Any, after: Any) -> Array:
     What was infinite from the start (the best value that a plateau schedule has seen, a mask of -inf) may stay so.
     """
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    return _all([jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs if _is_inexact(new)])
+    return _hold(
+        lambda old, new: jnp.isfinite(new) | ~jnp.isfinite(old), [(old, new) for old, new in pairs if _is_inexact(new)]
+    )
 
 
 def adds_up(params: Any, updates: Any) -> Array:
@@ -62,27 +66,31 @@ def adds_up(params: Any, updates: Any) -> Array:
     """
     after = jax.tree.leaves(optax.apply_updates(params, updates))
     rows = zip(jax.tree.leaves(updates), jax.tree.leaves(params), after, strict=True)
-    return _all(
-        [
-            jnp.all(jnp.isfinite(update) & (jnp.isfinite(new) | ~jnp.isfinite(old)))
-            for update, old, new in rows
-            if _is_inexact(new)
-        ]
+    return _hold(
+        lambda update, old, new: jnp.isfinite(update) & (jnp.isfinite(new) | ~jnp.isfinite(old)),
+        [row for row in rows if _is_inexact(row[-1])],
     )
 
 
 def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:
-    """Whether gradients look like plain factor gradients: those of Theorem 1 satisfy ``U_i^T dK_i = Mat_i(dC) Q_i``."""
+    """Whether gradients look like plain factor gradients: those of Theorem 1 satisfy ``U_i^T dK_i = Mat_i(dC) Q_i``.
+
+    One mode of each kernel tells, the last that has a factor.
+    """
     mismatch = agreement = total = jnp.zeros((), jnp.float32)
     for frame, grad in zip(frames, grads):
-        for mode, (u, dk, q) in enumerate(zip(frame.U, grad.factors, frame.Q or ())):
-            if u is None or dk is None or q is None:
-                continue
-            inside = jnp.matmul(u.T, dk, precision=HIGHEST)
-            core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
-            mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
-            agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
-            total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
+        modes = enumerate(zip(frame.U, grad.factors, frame.Q or ()))
+        told = [mode for mode, parts in modes if all(part is not None for part in parts)]
+        if not told:
+            continue
+        mode = told[-1]
+        u, dk, q = frame.U[mode], grad.factors[mode], frame.Q[mode]
+        assert u is not None and dk is not None
+        inside = jnp.matmul(u.T, dk, precision=HIGHEST)
+        core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
+        mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
+        agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
+        total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
     # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
     return (mismatch > 0.25 * agreement) & (mismatch > 1e-4 * total)
 
@@ -91,5 +99,15 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
 
-def _all(checks: list[Array]) -> Array:
-    return jnp.all(jnp.stack(checks)) if checks else jnp.ones((), bool)
+def _hold(check: Callable[..., Array], rows: Sequence[tuple]) -> Array:
+    """Whether ``check(*row)`` holds for all entries of all rows of leaves, those of a row being equally shaped."""
+    found, small = [], dict[tuple, list[tuple]]()
+    for row in rows:
+        if jnp.size(row[0]) > _SMALL:
+            found.append(jnp.all(check(*row)))
+        else:
+            small.setdefault(tuple(jnp.result_type(leaf) for leaf in row), []).append(row)
+    for together in small.values():
+        columns = (jnp.concatenate([jnp.ravel(leaf) for leaf in column]) for column in zip(*together))
+        found.append(jnp.all(check(*columns)))
+    return jnp.all(jnp.stack(found)) if found else jnp.ones((), bool)

@@ -15,13 +15,21 @@ import optax
 from jax import Array
 
 from tdlrt_jax.batching import map_batched
-from tdlrt_jax.frame import Frame, active_core, chart_point, lift_all
+from tdlrt_jax.frame import Frame, active_core, chart_point, core_frame, lift_all
 from tdlrt_jax.inspection import all_finite
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
-from tdlrt_jax.transport import Kind, Moment, embed_moment, find_moments, transport_moment, turn_moment
+from tdlrt_jax.transport import (
+    Kind,
+    Moment,
+    core_moment,
+    embed_moment,
+    find_moments,
+    transport_moment,
+    turn_moment,
+)
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,
@@ -140,21 +148,44 @@ class NetworkStep(NamedTuple):
     def core_only_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
         """Between adaptations: cores step in the bases as they are, from one gradient."""
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
-        updates = [
-            TuckerTensor(update.core, jax.tree.map(jnp.zeros_like, kernel.factors))
-            for update, kernel in zip(self.tree.pick(nodes), self.tree.kernels)
-        ]
+        updates = self._of_cores(nodes)
         new_frames = self._frames_after(updates)
 
         def carry(kind: Kind, moment: TuckerTensor, frame: Frame, new_frame: Frame) -> TuckerTensor:
             same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frame.U)
             return transport_moment(moment.core, moment.factors, unchanged(frame), same, new_frame, kind)
 
+        return self._bases_stay(updates, nodes, self._map_moments(inner_state, carry, frames, new_frames))
+
+    def cores_only_step(self, gradients: list[Any], inner_state: Any) -> StepOutcome:
+        """A step of the cores alone, in bases that stay, from gradients of nothing else of the kernels.
+
+        As at line 9, zeros stand for the ``K_i`` and for their gradients. See :func:`tdlrt_jax.transport.core_moment`.
+        """
+        kernels = self.tree.kernels
+        inner_state = self._map_moments(
+            inner_state, lambda kind, moment, kernel: core_moment(moment, kernel, kind), kernels
+        )
+        points = [_of_core(core_frame(kernel).core, kernel) for kernel in kernels]
+        grads = [
+            _of_core(grad.core.astype(point.core.dtype), kernel)
+            for grad, point, kernel in zip(self.tree.pick(gradients), points, kernels)
+        ]
+        nodes, inner_state = self._inner_update(gradients, grads, points, inner_state)
+        for position, kernel in zip(self.tree.positions, kernels):
+            nodes[position] = _mask(nodes[position], kernel)
+        return self._bases_stay(self._of_cores(nodes), nodes, inner_state)
+
+    def _of_cores(self, nodes: list[Any]) -> list[TuckerTensor]:
+        """The kernels' updates, without those of the factors."""
+        return [_of_core(update.core, kernel) for update, kernel in zip(self.tree.pick(nodes), self.tree.kernels)]
+
+    def _bases_stay(self, updates: list[TuckerTensor], nodes: list[Any], inner_state: Any) -> StepOutcome:
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
-            inner=self._map_moments(inner_state, carry, frames, new_frames),
+            inner=inner_state,
             rank=[active_rank(kernel) for kernel in self.tree.kernels],
-            error=[jnp.zeros((), jnp.float32) for _ in frames],
+            error=[jnp.zeros((), jnp.float32) for _ in updates],
             pressing=jnp.zeros((), bool),
             finite=jnp.ones((), bool),
             deviation=jnp.zeros((), jnp.float32),  # the factors stay
@@ -284,6 +315,11 @@ def _project(grad: TuckerTensor, frame: Frame) -> TuckerTensor:
         dk = dk.astype(u.dtype)
         factors.append(dk - jnp.matmul(u, jnp.matmul(u.T, dk, precision=HIGHEST), precision=HIGHEST))
     return TuckerTensor(grad.core.astype(frame.core.dtype), tuple(factors))
+
+
+def _of_core(core: Array, kernel: TuckerTensor) -> TuckerTensor:
+    """A core beside zeros for everything else of a kernel."""
+    return TuckerTensor(core, jax.tree.map(jnp.zeros_like, kernel.factors))
 
 
 def _mask(update: TuckerTensor, kernel: TuckerTensor) -> TuckerTensor:

@@ -92,9 +92,10 @@ def tdlrt(
       moments: how state fields that optax does not have transform: name to ``"linear"`` or ``"squared"``.
 
     Returns:
-      A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, **extra)``. ``grads``
-      are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
-      ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels.
+      A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, cores_only=False,
+      **extra)``. ``grads`` are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
+      ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels. With
+      ``cores_only`` the bases stay and gradients of factors are not looked at, see :func:`tdlrt_jax.tdlrt_step`.
       ``optax.apply_updates(params, updates)`` gives the next parameters. Where a gradient, the loss (if it is given, as
       ``value=``), or what would become of the parameters or the inner state is not finite, or where a kernel's factors are not
       orthonormal, parameters and state stay as they are, ``state.status`` says so and ``state.skipped`` counts: a limit on
@@ -161,6 +162,7 @@ def tdlrt(
         params: Any = None,
         *,
         value_and_grad_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+        cores_only: bool = False,
         **extra: Any,
     ) -> tuple[Any, TdlrtState]:
         if params is None:
@@ -176,7 +178,7 @@ def tdlrt(
             return _accept(outcome, params, state, [], finite=finite, plain=jnp.zeros((), bool))
         if value_and_grad_fn is not None:
             check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
-        if scheme.evaluations == 2 and value_and_grad_fn is None:
+        if scheme.evaluations == 2 and value_and_grad_fn is None and not cores_only:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
                 "value_and_grad_fn=lambda params: tdlrt_jax.value_and_grad(loss_fn)(params, batch) to update "
@@ -185,6 +187,12 @@ def tdlrt(
         tau = control.tolerance_at(state.step, state.tolerance)
         network = NetworkStep(tree, inner, extra, moments)
         gradients = network.align(grads)
+        finite = all_finite((gradients, extra.get("value")))
+        given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])
+        if cores_only:
+            outcome = network.cores_only_step(gradients, state.inner)
+            outcome = outcome._replace(budget=(state.budget, tau), deviation=given)
+            return _accept(outcome, params, state, tree.names, finite=finite, plain=jnp.zeros((), bool))
         frames = lift_all(tree.kernels)
         bounds = partial(control.truncations, tree, params, state.step, tau, state.budget)
 
@@ -197,14 +205,13 @@ def tdlrt(
 
         every_step = adapt_every == 1
         outcome = adaptive() if every_step else jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
-        given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])
         outcome = outcome._replace(deviation=jnp.maximum(outcome.deviation, given))
         return _accept(
             outcome,
             params,
             state,
             tree.names,
-            finite=all_finite((gradients, extra.get("value"))),
+            finite=finite,
             plain=look_plain(frames, tree.pick(gradients)),
         )
 

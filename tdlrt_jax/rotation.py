@@ -7,6 +7,7 @@ the price of a small symmetric eigenproblem; a sketch gives the leading ones of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def principal_rotation(
     Args:
       matrix: ``(m, k)``, of norm 1 at most; zero in rows that are not valid.
       valid: ``(m,)`` booleans, the directions that exist.
-      rounds: how many to do, possibly traced; fewer are done where nothing small is left.
+      rounds: how many to do, at least one, possibly traced; fewer are done where nothing small is left.
       vectors: ``(n, m)``, what ``V`` is multiplied to from the right; default: the identity.
 
     Returns:
@@ -46,35 +47,48 @@ def principal_rotation(
       the energies of its rows, ``(m,)``.
     """
     size = matrix.shape[0]
-    index = jnp.arange(size)
+    index, exist = jnp.arange(size, dtype=jnp.int32), jnp.sum(valid, dtype=jnp.int32)
 
-    def rotate(carry: tuple) -> tuple:
-        round_, vectors, rows, selected, exists = carry
-        chosen = jnp.where(selected[:, None], rows, 0)
-        chosen = chosen / magnitude(chosen)
-        # In descending order: rows that keep their place, the selected ones by energy, those that do not exist.
-        place = jnp.where(selected, 0.0, jnp.where(exists, 2.0 * matrix.size, -1.0)).astype(rows.dtype)
-        _, turn = jnp.linalg.eigh(jnp.matmul(chosen, chosen.T, precision=HIGHEST) + jnp.diag(place))
-        before = jnp.sum(exists & ~selected)
-        columns = (index >= before) & (index < before + jnp.sum(selected))
-        turn = jnp.where(selected[:, None] & columns, turn[:, ::-1], 0) + jnp.diag(
-            (exists & ~selected).astype(rows.dtype)
-        )
+    def rotate(carry: _Rotation) -> _Rotation:
+        # Rows from ``first`` on are rotated, those before it keep their place; in the first round valid ones lie anywhere.
+        _, first, valid, vectors, rows, _ = carry
+        chosen = valid & (index >= first)
+        small = jnp.where(chosen[:, None], rows, 0)
+        small = small / magnitude(small)
+        # In descending order: rows that keep their place, the chosen ones by energy, those that do not exist.
+        place = jnp.where(chosen, 0.0, jnp.where(valid, 2.0 * matrix.size, -1.0)).astype(rows.dtype)
+        gram = jnp.matmul(small, small.T, precision=HIGHEST) + jnp.diag(place)
+        turn, _ = jax.lax.linalg.eigh(gram, symmetrize_input=False)
+        sorted_ = index < exist
+        columns = sorted_ & (index >= first)
+        turn = jnp.where(chosen[:, None] & columns, turn[:, ::-1], 0)
+        turn = turn + jnp.diag((valid & (index < first)).astype(rows.dtype))
         rows = jnp.matmul(turn.T, rows, precision=HIGHEST)
-        exists = index < jnp.sum(exists)
         energies = jnp.sum(rows**2, axis=1)
-        leading = jnp.max(jnp.where(columns, energies, 0))
-        small = exists & (index >= jnp.min(jnp.where(columns & (energies < 1e-2 * leading), index, size)))
-        return round_ + 1, jnp.matmul(vectors, turn, precision=HIGHEST), rows, small, exists
+        leading = jax.lax.dynamic_index_in_dim(energies, first, keepdims=False)
+        # The energies descend to rounding: the next round begins where they fall under a hundredth.
+        first = jnp.min(jnp.where(columns & (energies < 1e-2 * leading), index, size))
+        return _Rotation(carry.round + 1, first, sorted_, jnp.matmul(vectors, turn, precision=HIGHEST), rows, energies)
+
+    def unfinished(carry: _Rotation) -> Array:
+        return (carry.round < rounds) & (carry.first < exist)
 
     vectors = jnp.eye(size, dtype=matrix.dtype) if vectors is None else vectors
-    start = (jnp.zeros((), jnp.int32), vectors, matrix, valid, valid)
+    zero = jnp.zeros((), jnp.int32)
+    start = _Rotation(zero, zero, valid, vectors, matrix, jnp.zeros(size, matrix.dtype))
+    end = jax.lax.while_loop(unfinished, rotate, start)
+    return end.vectors, end.rows, end.energies
 
-    def unfinished(carry: tuple) -> Array:
-        return (carry[0] < rounds) & jnp.any(carry[3])
 
-    _, vectors, rows, _, _ = jax.lax.while_loop(unfinished, rotate, start)
-    return vectors, rows, jnp.sum(rows**2, axis=1)
+class _Rotation(NamedTuple):
+    """Between two rounds of :func:`principal_rotation`."""
+
+    round: Array  # int32
+    first: Array  # int32, the first row that the next round rotates
+    valid: Array  # bool (m,), the rows that exist
+    vectors: Array  # (n, m)
+    rows: Array  # (m, k)
+    energies: Array  # (m,)
 
 
 def sketch_size(rows: int, columns: int, capacity: int) -> int | None:

@@ -12,10 +12,11 @@ from jax import Array
 
 from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, check_integer, check_transformation
-from tdlrt_jax.frame import value_and_grad
+from tdlrt_jax.frame import core_frame, value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
 from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
+from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]
@@ -42,6 +43,7 @@ def tdlrt_step(
     accumulate: int = 1,
     donate: bool = True,
     second_pass: bool = False,
+    cores_only: bool = False,
 ) -> Callable[..., Any]:
     """One jitted training step of parameters with Tucker kernels.
 
@@ -56,6 +58,12 @@ def tdlrt_step(
         one included, are means over them.
       second_pass: evaluate the second gradient of ``"bug"`` by a forward and backward pass of its own also where it can be had
         from the first (see :func:`tdlrt_jax.galerkin.value_and_two_grads`). Costs time; spares keeping all output gradients.
+      cores_only: a step between two adaptations: only the cores move, and all leaves that are no kernels. Bases and ranks stay,
+        so there is no gradient of factors to take and nothing to factorize: it costs less than a step of an ordinary factorized
+        network. Alternate it with whole steps of the same ``tx``, one every ten steps, say; a Budget looks at the singular
+        values in whole steps whose number is a multiple of its ``every``. What the inner state remembers of directions outside
+        of the bases is let go. (``tdlrt(..., adapt_every=10)`` goes on collecting them, in one program, for the full price of a
+        gradient.)
       donate: let the step reuse the buffers of ``params``, ``opt_state`` and ``model_state``, which must not be used afterwards.
 
     Returns:
@@ -93,8 +101,11 @@ def tdlrt_step(
 
     gradient = value_and_grad(with_state, has_aux=True)
 
-    def first_of_two(params: Any, model_state: Any, batch: tuple) -> tuple[tuple, Callable[[Any], Any]]:
+    def first_of_two(params: Any, model_state: Any, batch: tuple) -> tuple[tuple, Callable[[Any], Any] | None]:
         """The first evaluation, and what the transformation calls for the second."""
+        if cores_only:
+            loss, new_model_state, aux, grads = evaluate(core_frames(params), model_state, batch)
+            return (loss, new_model_state, aux, without_factors(grads, params)), None
         if accumulate > 1 or second_pass:
             first = evaluate(params, model_state, batch)
 
@@ -141,7 +152,8 @@ def tdlrt_step(
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
         (loss, new_model_state, aux, grads), value_and_grad_fn = first_of_two(params, model_state, batch)
         value = vetoed(loss, model_state, new_model_state)
-        updates, after = tx.update(grads, opt_state, params, value=value, value_and_grad_fn=value_and_grad_fn)
+        how = {"cores_only": True} if cores_only else {"value_and_grad_fn": value_and_grad_fn}
+        updates, after = tx.update(grads, opt_state, params, value=value, **how)
         status = combined_status(opt_state, after, (value, grads))
         if not isinstance(opt_state, TdlrtState):
             # What is outside of tdlrt (another part of a partition) may have taken what it left out.
@@ -162,6 +174,22 @@ def tdlrt_step(
         return params, opt_state, info
 
     return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else ())
+
+
+def core_frames(params: Any) -> Any:
+    """The parameters with a core-only frame in the place of every kernel."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, node: core_frame(node, path_name(path)) if is_tucker(node) else node, params, is_leaf=is_tucker
+    )
+
+
+def without_factors(grads: Any, params: Any) -> Any:
+    """Gradients at :func:`core_frames` with the parameters' structure: zeros for the factors."""
+
+    def fill(node: Any, grad: Any) -> Any:
+        return grad._replace(factors=jax.tree.map(jnp.zeros_like, node.factors)) if is_tucker(node) else grad
+
+    return jax.tree.map(fill, params, grads, is_leaf=is_tucker)
 
 
 def _loss_and_grads(evaluated: tuple) -> tuple[Array, Any]:

@@ -26,6 +26,7 @@ from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, i
 
 __all__ = [
     "Moment",
+    "core_moment",
     "embed_moment",
     "find_moments",
     "transport",
@@ -165,6 +166,23 @@ def turn_moment(moment: TuckerTensor, augmented: Augmented, turns: tuple[ModeArr
     if turns is None:
         return core
     return multi_mode_product(core, _squares(turns) if kind == "squared" else turns, transpose=True)
+
+
+def core_moment(moment: TuckerTensor, kernel: TuckerTensor, kind: Kind) -> TuckerTensor:
+    """A moment before a step of the core alone, which takes up nothing of the ``K_i``: what it has of them is let go.
+
+    To keep it would take two lifts, to carry it along with the core, which are most of what such a step spares. A second moment
+    keeps its ``K_i``, at least at the average of the core's, so that the next step of the bases is not of several learning rates.
+    """
+    if kind != "squared":
+        return moment._replace(factors=jax.tree.map(jnp.zeros_like, moment.factors))
+    average = _average(moment.core, active_entries(moment.core.shape, kernel.factors))
+    columns = [None if u is None else active_columns(u) for u in kernel.factors]
+    return moment._replace(
+        factors=tuple(
+            None if k is None or c is None else _at_least(k, average, c) for k, c in zip(moment.factors, columns)
+        )
+    )
 
 
 def transport_moment(

@@ -94,6 +94,16 @@ def test_everything_stays_where_everything_fits(rng):
     assert [np.asarray(r).tolist() for r in ranks] == [np.asarray(active_rank(k)).tolist() for k in kernels]
 
 
+def test_down_to_the_least_ranks_every_budget_can_be_met(rng):
+    """Where singular values hardly fall, modes that share a tolerance of one keep half of them and more."""
+    kernel = random_kernel(rng, (3, 3, 2, 6), (3, 3, 2, 6), dtype=np.float32)
+    plan = plan_budget(kernel, RankPolicy())
+    least = count(plan, [1, 1, 1, 1])
+    for limit in (least, least + 3, 2 * least):
+        (ranks,), _ = fit_ranks([mode_energies(kernel.core)], [existing(kernel)], [plan], jnp.float32(limit))
+        assert count(plan, ranks) <= limit
+
+
 def test_bounds_and_own_tolerances_hold_and_the_rest_makes_up_for_them(rng):
     kernels, _ = network(rng)
     plans = [

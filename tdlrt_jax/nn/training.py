@@ -16,7 +16,7 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.step import StepInfo, combined_status, report, vetoed
+from tdlrt_jax.step import StepInfo, combined_status, core_frames, report, vetoed, without_factors
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
 
@@ -120,6 +120,17 @@ def _value_and_two_grads(
     return ((value, aux), parts.rewrap(grads)), again
 
 
+def _value_and_core_grads(
+    loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, model: Any, *args: Any
+) -> tuple[tuple[Any, Any], Any]:
+    """:func:`value_and_grad` of a model in its cores and all other leaves, with zeros for the factors."""
+    parts = _functional(loss_fn, model, wrt, has_aux)
+    gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
+    (value, (rest, aux)), grads = gradient(core_frames(parts.params), *args)
+    nnx.update(model, rest)
+    return (value, aux), parts.rewrap(without_factors(grads, parts.params))
+
+
 def value_and_grad_fn(
     loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param
 ) -> Callable[..., Callable[[Any], tuple[Any, Any]]]:
@@ -202,12 +213,15 @@ def tdlrt(inner: optax.GradientTransformation, **options: Any) -> optax.Gradient
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., StepInfo]:
+def tdlrt_step(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, cores_only: bool = False
+) -> Callable[..., StepInfo]:
     """One jitted training step of an nnx model, in place; :func:`tdlrt_jax.tdlrt_step` with nnx's conventions.
 
     Args:
       loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
       has_aux: ``loss_fn`` returns something beside the loss.
+      cores_only: a step between two adaptations, in which bases and ranks stay; see :func:`tdlrt_jax.tdlrt_step`.
 
     Returns:
       ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
@@ -241,10 +255,15 @@ def tdlrt_step(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callabl
             )
         wrt = optimizer.wrt
         rest = nnx.as_pure(_split(model, wrt)[2])
-        ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
+        if cores_only:
+            how: dict[str, Any] = {"cores_only": True}
+            (loss, aux), grads = _value_and_core_grads(loss_fn, has_aux, wrt, model, *batch)
+        else:
+            ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
+            how = {"value_and_grad_fn": again}
         moved, before = nnx.as_pure(_split(model, wrt)[2]), nnx.as_pure(optimizer.opt_state)
         value = vetoed(loss, rest, moved)
-        optimizer.update(model, grads, value=value, value_and_grad_fn=again)
+        optimizer.update(model, grads, value=value, **how)
 
         after = nnx.as_pure(optimizer.opt_state)
         status = combined_status(before, after, (value, nnx.as_pure(grads)))
