@@ -160,7 +160,7 @@ def build_optimizer(
         convention=tdlrt.convention,
         spare=tdlrt.spare,
         warmup=tdlrt.warmup,
-        adapt_every=tdlrt.adapt_every,
+        adapt_every=1 if tdlrt.cores_between else tdlrt.adapt_every,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,
         freeze_after=None if tdlrt.freeze_epochs is None else round(tdlrt.freeze_epochs * steps_per_epoch),
@@ -171,7 +171,9 @@ def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float |
     if tdlrt.budget is None:
         return tdlrt.tau
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
-    return tdlrt_jax.Budget(tdlrt.budget, steps=max(1, round(by * steps_per_epoch)))
+    # With cores between, the optimizer sees whole steps only when the job takes them; each of them is a look.
+    every = {"every": 1} if tdlrt.cores_between else {}
+    return tdlrt_jax.Budget(tdlrt.budget, steps=max(1, round(by * steps_per_epoch)), **every)
 
 
 def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:

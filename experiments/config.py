@@ -152,6 +152,8 @@ class TdlrtConfig:
     """Directions kept beyond what tau asks for. Default: 0, and 1 for --integrator parallel."""
     adapt_every: int = 1
     """Bases and ranks move every so many steps, only the cores in between."""
+    cores_between: bool = False
+    """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
     warmup: int = 0
     """For so many steps ranks may rise but not fall."""
     min_rank: int = 1
@@ -170,6 +172,8 @@ class TdlrtConfig:
             raise ValueError(f"--tau {self.tau}: expected a relative tolerance in [0, 1)")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(f"--budget {self.budget}: expected a compression between 0 and 1, such as 0.95")
+        if self.cores_between and not self.adapt_every > 1:
+            raise ValueError(f"--cores-between with --adapt-every {self.adapt_every}: there are no steps in between")
         if self.budget is None and self.budget_epochs is not None:
             raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
         _at_least(self, "budget_epochs", 0.0, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"
 
 
 Integer = Array | np.int32
-_KEPT = 2  # compiled programs
+_KEPT = 2  # compiled programs of a kind
 
 
 class TrainState(NamedTuple):
@@ -59,6 +60,7 @@ class Programs:
       step: what ``train`` compiles.
       evaluate: as called.
       devices: that share every batch.
+      between: a step to be taken in the place of ``step`` where ``train(..., whole=False)``; the same by default.
     """
 
     def __init__(
@@ -66,32 +68,39 @@ class Programs:
         step: Callable[..., tuple[TrainState, StepReport]],
         evaluate: Callable[..., tuple[float, float]],
         devices: Devices = ONE_DEVICE,
+        between: Callable[..., tuple[TrainState, StepReport]] | None = None,
     ):
         self.evaluate = evaluate
         self.compilations = 0
         self.compile_seconds = 0.0
-        self.memory: dict[str, int] = {}  # bytes of the last compiled step, see memory_of
+        self.memory: dict[str, int] = {}  # bytes of the last compiled step (a whole one), see memory_of
         # Said, since the partitioner might leave a part of the state where it was computed.
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=devices.same)
-        self._compiled: dict[Any, Any] = {}  # by sizes of arrays, the one used last at the end
+        steps = {True: step} if between is None else {True: step, False: between}
+        self._steps = {
+            whole: jax.jit(step, donate_argnums=0, out_shardings=devices.same) for whole, step in steps.items()
+        }
+        # By what is compiled and the sizes of arrays, the one used last at the end.
+        self._compiled: dict[Any, Any] = {}
 
     def train(
-        self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer
+        self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer, *, whole: bool = True
     ) -> tuple[TrainState, StepReport]:
         """One step; dispatched, not waited for."""
-        sizes = tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
-        program = self._compiled.pop(sizes, None) or self._compile(state, data, order, epoch, index)
-        self._compiled[sizes] = program
-        if len(self._compiled) > _KEPT:
+        whole = whole or False not in self._steps
+        key = whole, tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
+        program = self._compiled.pop(key, None) or self._compile(whole, state, data, order, epoch, index)
+        self._compiled[key] = program
+        if len(self._compiled) > _KEPT * len(self._steps):
             del self._compiled[next(iter(self._compiled))]
         return program(state, data, order, epoch, index)
 
-    def _compile(self, *arguments: Any) -> Any:
+    def _compile(self, whole: bool, *arguments: Any) -> Any:
         started = time.monotonic()
-        program = self._step.lower(*arguments).compile()
+        program = self._steps[whole].lower(*arguments).compile()
         self.compilations += 1
         self.compile_seconds += time.monotonic() - started
-        self.memory = memory_of(program)
+        if whole:
+            self.memory = memory_of(program)
         if self.compilations > 1:
             forget_traces()
         return program
@@ -114,6 +123,7 @@ def build_programs(
     *,
     seed: int,
     adaptive: bool = True,
+    cores_between: bool = False,
     evaluation_batch: int = 500,
     devices: Devices = ONE_DEVICE,
 ) -> tuple[Programs, TrainState]:
@@ -126,6 +136,7 @@ def build_programs(
       seed: of the augmentation.
       adaptive: whether ``tx`` is :func:`tdlrt_jax.tdlrt`, which moves kernels in Tucker format by an integrator; otherwise
         gradients are the plain ones of all arrays.
+      cores_between: whether there are steps of the cores alone, ``train(..., whole=False)``.
       evaluation_batch: images evaluated at a time.
       devices: that share every batch. The state comes on the default device, to be replicated by the caller.
     """
@@ -141,15 +152,19 @@ def build_programs(
         hits = jnp.sum(correct(logits, labels), dtype=jnp.int32)
         return jnp.mean(cross_entropy(logits, labels)), (new_model_state, hits)
 
-    inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False) if adaptive else None
+    def step_of(cores_only: bool) -> Callable[..., tuple[Any, Any, Any, Array, Array, Array]]:
+        """``advance(params, opt_state, model_state, *batch)``: new ones; loss, hits and status of the step."""
+        inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False, cores_only=cores_only)
 
-    def advance(
-        params: Any, opt_state: Any, model_state: Any, *batch: Array
-    ) -> tuple[Any, Any, Any, Array, Array, Array]:
-        """New parameters and states; loss, hits and status of the step."""
-        if inner is not None:
+        def advance(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple:
             params, opt_state, model_state, info = inner(params, opt_state, model_state, *batch)
             return params, opt_state, model_state, info.loss, info.aux, info.status
+
+        return advance
+
+    def plain(
+        params: Any, opt_state: Any, model_state: Any, *batch: Array
+    ) -> tuple[Any, Any, Any, Array, Array, Array]:
         (loss, (model_state, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, *batch)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return optax.apply_updates(params, updates), opt_state, model_state, loss, hits, jnp.int32(0)
@@ -159,7 +174,7 @@ def build_programs(
         return batch if devices.spread is None else jax.lax.with_sharding_constraint(batch, devices.spread)
 
     def step(
-        state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
+        advance: Callable[..., Any], state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array
     ) -> tuple[TrainState, StepReport]:
         batch = share(training_batch(data, order, transform, seed, epoch, index))
         params, opt_state, model_state, loss, hits, status = advance(
@@ -190,7 +205,8 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    programs = Programs(step, evaluate, devices)
+    whole, between = step_of(cores_only=False) if adaptive else plain, step_of(cores_only=True)
+    programs = Programs(partial(step, whole), evaluate, devices, partial(step, between) if cores_between else None)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

@@ -76,7 +76,13 @@ class Training:
         self.programs: Programs
         self.state: TrainState
         self.programs, self.state = build_programs(
-            model, tx, transform, seed=config.run.seed, adaptive=self.adaptive, devices=devices
+            model,
+            tx,
+            transform,
+            seed=config.run.seed,
+            adaptive=self.adaptive,
+            cores_between=config.tdlrt.cores_between,
+            devices=devices,
         )
         if self.pruning is not None:
             self.pruning.remember(self.state.params, self.state.model_state)
@@ -150,7 +156,10 @@ class Training:
                 heard = self._heard()
                 if self.stop is not None:
                     break
-                self.state, report = self.programs.train(self.state, self.train, order, epoch, np.int32(step))
+                whole = (self.epoch * self.steps_per_epoch + step) % self.config.tdlrt.adapt_every == 0
+                self.state, report = self.programs.train(
+                    self.state, self.train, order, epoch, np.int32(step), whole=whole
+                )
                 under_way.append((report, heard))
                 if len(under_way) > _AHEAD:
                     self._read(under_way, display)

@@ -73,7 +73,7 @@ def tdlrt_step(
       it was and ``info.status`` says so; ``info.skipped`` counts such steps in a row.
 
     Raises:
-      ValueError: for ``accumulate`` below 1, or a batch that it does not divide.
+      ValueError: for ``accumulate`` below 1, a batch that it does not divide, or ``second_pass`` with ``cores_only``.
 
     Example:
       >>> import jax.numpy as jnp, optax, tdlrt_jax
@@ -88,6 +88,8 @@ def tdlrt_step(
     check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
     check_transformation("tx", tx)
     check_integer("accumulate", accumulate, 1, "a number of micro-batches")
+    if cores_only and second_pass:
+        raise ValueError("second_pass=True: a step with cores_only has no second gradient, leave one of them out")
     tx = optax.with_extra_args_support(tx)
 
     def with_state(params: Any, model_state: Any, *batch: Any) -> tuple[Array, tuple[Any, Any]]:

@@ -153,6 +153,7 @@ TOP = {
     "tdlrt_step": [
         *[(lambda v=value: tdlrt_jax.tdlrt_step(v, optax.sgd(0.1)), "loss_fn") for value in (3, None, "x")],
         *[(lambda v=value: tdlrt_jax.tdlrt_step(loss, v), "tx") for value in (3, None, "x")],
+        (lambda: tdlrt_jax.tdlrt_step(loss, optax.sgd(0.1), second_pass=True, cores_only=True), "second_pass"),
         *[(step(accumulate=value), "accumulate") for value in (0, -1, 1.5, "x", None)],
         (lambda: step(accumulate=2)()(TREE, optax.sgd(0.1).init(TREE), jnp.ones(3)), "accumulate"),
     ],

@@ -1,0 +1,75 @@
+"""The main job with steps of the cores alone between adaptations."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import plots, train
+from experiments.config import TdlrtConfig
+from experiments.training import Training
+from tdlrt_jax import checkpoint
+
+OPTIONS = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2", "--learning-rate", "0.02"]
+OPTIONS += ["--rank", "12", "--budget", "0.9", "--budget-epochs", "1", "--compilation-steps", "0"]
+BETWEEN = ["--adapt-every", "3", "--cores-between"]
+CLOCK = ("seconds", "evaluation_seconds", "compilations", "compile_seconds")
+
+
+def run(directory, *options):
+    return train.main([*OPTIONS, *BETWEEN, "--run-dir", str(directory), *options])
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs of six steps, and which of them were whole."""
+    directory, calls = tmp_path_factory.mktemp("between") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+        read = Training._read
+
+        def noted(self, under_way, display):
+            calls.append(sorted(key[0] for key in self.programs._compiled))
+            read(self, under_way, display)
+
+        patch.setattr(Training, "_read", noted)
+        assert run(directory) == 0
+    return directory, calls
+
+
+def test_two_programs_take_turns_and_reach_the_budget(finished):
+    directory, calls = finished
+    first, second = records(directory)
+    assert first["compilations"] == 2, "a whole step and one of the cores"
+    assert second["compilations"] == (2 if first["capacities"] != second["capacities"] else 0)
+    assert [False, True] in calls
+    assert second["compression_conv"] >= 0.5 and second["compression_conv"] >= first["compression_conv"]
+    assert np.isfinite(second["train_loss"]) and second["skipped_steps"] == 0
+
+
+def test_a_run_that_was_cut_off_takes_the_same_steps(finished, tmp_path, monkeypatch):
+    """Which steps are whole depends on their numbers alone: four steps of the first epoch, then the rest."""
+    directory, save = tmp_path / "run", checkpoint.save
+    monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+
+    def save_and_die(path, step, *arguments, **options):
+        saved = save(path, step, *arguments, **options)
+        if step == 4:
+            raise KeyboardInterrupt
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        assert run(directory, "--save-every", "4") == 130
+    assert run(directory, "--resume") == 0
+    for one, other in zip(records(finished[0]), records(directory), strict=True):
+        assert {k: v for k, v in one.items() if k not in CLOCK} == {k: v for k, v in other.items() if k not in CLOCK}
+
+
+def test_without_steps_in_between_there_is_nothing_to_ask_for():
+    with pytest.raises(ValueError, match="--cores-between with --adapt-every 1: there are no steps in between"):
+        TdlrtConfig(cores_between=True)
