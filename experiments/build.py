@@ -171,9 +171,10 @@ def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float |
     if tdlrt.budget is None:
         return tdlrt.tau
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
-    # With cores between, the optimizer sees whole steps only when the job takes them; each of them is a look.
-    every = {"every": 1} if tdlrt.cores_between else {}
-    return tdlrt_jax.Budget(tdlrt.budget, steps=max(1, round(by * steps_per_epoch)), **every)
+    steps = max(1, round(by * steps_per_epoch))
+    if tdlrt.cores_between:  # whole steps are few, and each of them is a look
+        return tdlrt_jax.Budget(tdlrt.budget, steps, every=1)
+    return tdlrt_jax.Budget(tdlrt.budget, steps)
 
 
 def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:

@@ -73,7 +73,7 @@ class Programs:
         self.evaluate = evaluate
         self.compilations = 0
         self.compile_seconds = 0.0
-        self.memory: dict[str, int] = {}  # bytes of the last compiled step (a whole one), see memory_of
+        self.memory: dict[str, int] = {}  # bytes of the last compiled step, a whole one if there is one, see memory_of
         # Said, since the partitioner might leave a part of the state where it was computed.
         steps = {True: step} if between is None else {True: step, False: between}
         self._steps = {
@@ -99,7 +99,7 @@ class Programs:
         program = self._steps[whole].lower(*arguments).compile()
         self.compilations += 1
         self.compile_seconds += time.monotonic() - started
-        if whole:
+        if whole or not self.memory:
             self.memory = memory_of(program)
         if self.compilations > 1:
             forget_traces()

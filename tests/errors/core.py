@@ -76,7 +76,7 @@ TOP = {
         *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, hysteresis=v), "hysteresis") for value in (0, 2, NAN, "x")],
         *[(lambda v=value: tdlrt_jax.fit_capacity(TREE, steps_left=v), "steps_left") for value in (-1, 1.5, "x")],
         *[
-            (lambda v=value: tdlrt_jax.fit_capacity(TREE, compilation_steps=v), "compilation")
+            (lambda v=value: tdlrt_jax.fit_capacity(TREE, compilation_steps=v), "compilation_steps")
             for value in (-1, 1.5, None)
         ],
         (lambda: tdlrt_jax.fit_capacity(TREE, max_rank={"v": (1, 1, 1, 1)}), "max_rank"),

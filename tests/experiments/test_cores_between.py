@@ -11,9 +11,10 @@ from experiments.training import Training
 from tdlrt_jax import checkpoint
 
 OPTIONS = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2", "--learning-rate", "0.02"]
-OPTIONS += ["--rank", "12", "--budget", "0.9", "--budget-epochs", "1", "--compilation-steps", "0"]
+OPTIONS += ["--rank", "40", "--budget", "0.95", "--budget-epochs", "1", "--compilation-steps", "0"]
 BETWEEN = ["--adapt-every", "3", "--cores-between"]
-CLOCK = ("seconds", "evaluation_seconds", "compilations", "compile_seconds")
+# What depends on the clock, and on which programs a stretch of training compiles.
+APART = ("seconds", "evaluation_seconds", "compilations", "compile_seconds", "step_memory")
 
 
 def run(directory, *options):
@@ -47,7 +48,8 @@ def test_two_programs_take_turns_and_reach_the_budget(finished):
     assert first["compilations"] == 2, "a whole step and one of the cores"
     assert second["compilations"] == (2 if first["capacities"] != second["capacities"] else 0)
     assert [False, True] in calls
-    assert second["compression_conv"] >= 0.5 and second["compression_conv"] >= first["compression_conv"]
+    kernels, dense = 500 * 800 + 5 * 5 * 20 * (1 + 50), 10 * 500
+    assert first["weights"] > second["weights"] and second["weights"] <= 0.05 * kernels + dense
     assert np.isfinite(second["train_loss"]) and second["skipped_steps"] == 0
 
 
@@ -67,7 +69,7 @@ def test_a_run_that_was_cut_off_takes_the_same_steps(finished, tmp_path, monkeyp
         assert run(directory, "--save-every", "4") == 130
     assert run(directory, "--resume") == 0
     for one, other in zip(records(finished[0]), records(directory), strict=True):
-        assert {k: v for k, v in one.items() if k not in CLOCK} == {k: v for k, v in other.items() if k not in CLOCK}
+        assert {k: v for k, v in one.items() if k not in APART} == {k: v for k, v in other.items() if k not in APART}
 
 
 def test_without_steps_in_between_there_is_nothing_to_ask_for():
