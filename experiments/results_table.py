@@ -69,9 +69,13 @@ def is_adaptive(options: Mapping[str, Any]) -> bool:
 
 
 def method_name(options: Mapping[str, Any]) -> str | None:
-    """A run's method, with its integrator where it has one: ``"bug"``, ``"matrix_dlrt bug"``, ``"cp"``."""
+    """A run's method, with its integrator where it has one: ``"bug"``, ``"matrix_dlrt bug"``, ``"cp"``, ``"bug every 10 steps"``."""
     words = [str(options["method"])] if options.get("method") not in (None, "tdlrt") else []
-    words += [str(options["integrator"])] if is_adaptive(options) and "integrator" in options else []
+    if is_adaptive(options) and "integrator" in options:
+        words.append(str(options["integrator"]))
+        if options.get("adapt_every", 1) > 1:
+            between = ", cores between" if options.get("cores_between") else ""
+            words.append(f"every {options['adapt_every']} steps{between}")
     return " ".join(words) or None
 
 
