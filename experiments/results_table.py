@@ -69,7 +69,7 @@ def is_adaptive(options: Mapping[str, Any]) -> bool:
 
 
 def method_name(options: Mapping[str, Any]) -> str | None:
-    """A run's method, with its integrator where it has one: ``"bug"``, ``"matrix_dlrt bug"``, ``"cp"``, ``"bug every 10 steps"``."""
+    """A run's method, its integrator if it has one and how often that adapts: ``"cp"``, ``"bug"``, ``"bug every 10 steps"``."""
     words = [str(options["method"])] if options.get("method") not in (None, "tdlrt") else []
     if is_adaptive(options) and "integrator" in options:
         words.append(str(options["integrator"]))

@@ -173,7 +173,8 @@ def fit_capacity(
       grow: whether a rank that fills its arrays is a reason. Such a rank need not press: pass ``False`` where no step since the
         last call reported ``tdlrt_jax.status.RANK_AT_CAPACITY``.
       steps_left: how many steps are still to come, where that is known. Arrays then shrink only if the steps saved by it are more
-        than a compilation costs: at the most the part of the numbers stored that goes, times the steps that are left.
+        than a compilation costs: at the most the part of the numbers stored that goes, times the steps that are left. With none
+        left there is nothing more to compile, and they shrink.
       compilation_steps: what a compilation costs, in steps: some hundreds on a CPU.
 
     Returns:
@@ -221,7 +222,7 @@ def fit_capacity(
         for name, kernel in kernels.items()
     }
     before, after = _stored(kernels, present), _stored(kernels, smaller)
-    worth = steps_left is None or (before - after) * steps_left > compilation_steps * before
+    worth = not steps_left or (before - after) * steps_left > compilation_steps * before
     return smaller if after < hysteresis * before and worth else present
 
 

@@ -150,7 +150,7 @@ def test_fit_capacity_shrinks_only_where_the_steps_left_pay_for_the_compilation(
     assert fit_capacity(params, compilation_steps=100, steps_left=math.floor(steps)) == {"w": before}
     assert fit_capacity(params, compilation_steps=100, steps_left=math.floor(steps) + 1) == {"w": after}
     assert fit_capacity(params, compilation_steps=0, steps_left=1) == {"w": after}
-    assert fit_capacity(params, compilation_steps=0, steps_left=0) == {"w": before}
+    assert fit_capacity(params, compilation_steps=100, steps_left=0) == {"w": after}, "nothing more is compiled"
 
 
 def test_ranks_that_fill_their_arrays_make_them_grow_whatever_is_left(rng):
