@@ -42,7 +42,8 @@ __all__ = ["COMPILATION_STEPS", "array_bytes", "canonicalize", "fit_capacity", "
 
 Capacity = int | Sequence[int]
 
-# What compiling a step anew costs, in steps: 100 (VGG16, full width) to 600 (AlexNet, a quarter of it) on two CPU cores.
+# What compiling a step anew costs, in steps: of "parallel", 130 (VGG16) to 370 (AlexNet) on two CPU cores, see
+# benchmarks/results/cpu_xeon.
 COMPILATION_STEPS = 300
 
 
