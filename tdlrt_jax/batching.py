@@ -4,23 +4,38 @@ The factorizations of a step are small and many, a handful for every mode of eve
 compiled by itself, and on a GPU each waits for the one before; layers of one shape, and the modes of one size in all layers,
 share them.
 
+On a GPU arrays of other sizes share them as well, padded with zeros: what a step costs there is the number of its operations, to
+compile and to launch, and hardly their size. On the CPU it is the other way round.
+
 On the CPU a batch is a loop and not a ``vmap``. There, jaxlib (0.10) spreads a batched LAPACK call over the same threads that
 execute the program and waits for them, so as many such calls at a time as there are threads wait for ever; two cores are enough.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["map_batched"]
+__all__ = ["few_and_large", "map_batched"]
+
+# What the operations of a batch cost beside their work, in entries of arrays: a row joins one where it adds no more than this.
+_BATCH = 2**21
+
+
+def few_and_large() -> bool:
+    """Whether few large operations are cheaper than many small ones: on anything but a CPU."""
+    return jax.default_backend() != "cpu"
 
 
 def map_batched(
-    function: Callable[..., Any], *columns: Sequence[Any], static: Sequence[Hashable] | None = None
+    function: Callable[..., Any],
+    *columns: Sequence[Any],
+    static: Sequence[Hashable] | None = None,
+    apart: Sequence[Hashable] | None = None,
 ) -> list:
     """``[function(*row) for row in zip(*columns)]``, with rows of equal structure, shapes and dtypes as one batch.
 
@@ -28,6 +43,9 @@ def map_batched(
       function: of one row; pure, any pytrees in and out. Arrays that it closes over are shared by the batch.
       *columns: equally long sequences of pytrees of arrays.
       static: a further column of hashable values, given first; only rows with equal ones are batched.
+      apart: given, says that zeros may be appended to all arrays of a row along any axis: the results are the same but for zeros
+        appended to them. Rows of equal entries may then be one batch whatever their shapes, see :func:`few_and_large`; an entry
+        names the sizes of the axes that must stay as they are.
 
     Returns:
       The results in the order of the rows; equal to those of the plain loop up to rounding.
@@ -39,28 +57,76 @@ def map_batched(
     """
     rows = list(zip(*columns, strict=True))
     extras: Sequence[Hashable] = [None] * len(rows) if static is None else static
+    pad = apart is not None and few_and_large()
     groups: dict[Hashable, list[int]] = {}
     for index, (row, extra) in enumerate(zip(rows, extras, strict=True)):
         leaves, treedef = jax.tree.flatten(row)
-        key = (treedef, extra, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
+        sizes = [jnp.ndim(leaf) if pad else jnp.shape(leaf) for leaf in leaves]
+        key = (treedef, extra, apart[index] if pad and apart else None, *zip(sizes, map(jnp.result_type, leaves)))
         groups.setdefault(key, []).append(index)
 
     results: list[Any] = [None] * len(rows)
-    for members in groups.values():
+    for group in groups.values():
+        for members in _padded_together(rows, group) if pad else [group]:
 
-        def call(row: tuple, extra: Hashable = extras[members[0]]) -> Any:
-            return function(*row) if static is None else function(extra, *row)
+            def call(row: tuple, extra: Hashable = extras[members[0]]) -> Any:
+                return function(*row) if static is None else function(extra, *row)
 
-        if len(members) == 1:
-            results[members[0]] = call(rows[members[0]])
-            continue
-        batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[rows[index] for index in members])
-        out = _run(call, batch)
-        for position, index in enumerate(members):
-            results[index] = jax.tree.map(lambda leaf, position=position: leaf[position], out)
+            if len(members) == 1:
+                results[members[0]] = call(rows[members[0]])
+                continue
+            batch = jax.tree.map(_stack, *[rows[index] for index in members])
+            out = _run(call, batch)
+            for position, index in enumerate(members):
+                results[index] = jax.tree.map(lambda leaf, position=position: leaf[position], out)
+                if pad:
+                    results[index] = jax.tree.map(_cut, results[index], _shapes(call, rows[index]))
     return results
 
 
 def _run(call: Callable[[Any], Any], batch: Any) -> Any:
     """A function of one row on all rows of a batch, stacked along the first axes."""
     return jax.lax.map(call, batch) if jax.default_backend() == "cpu" else jax.vmap(call)(batch)
+
+
+def _padded_together(rows: Sequence[tuple], group: Sequence[int]) -> list[list[int]]:
+    """Which rows of a group, alike but for their shapes, are padded to one another; the largest come first.
+
+    Each joins the batch whose arrays become the least larger by it, or begins one of its own if that is still much.
+    """
+    shapes = {index: [jnp.shape(leaf) for leaf in jax.tree.leaves(rows[index])] for index in group}
+    batches: list[tuple[list[int], list[tuple[int, ...]]]] = []
+
+    def entries(sizes: list[tuple[int, ...]]) -> int:
+        return sum(map(math.prod, sizes))
+
+    for index in sorted(group, key=lambda index: -entries(shapes[index])):
+        joint = [[tuple(map(max, *pair)) for pair in zip(common, shapes[index])] for _, common in batches]
+        more = [
+            entries(sizes) * (len(members) + 1) - entries(common) * len(members)
+            for sizes, (members, common) in zip(joint, batches)
+        ]
+        best = min(range(len(more)), key=more.__getitem__, default=None)
+        if best is None or (more[best] > _BATCH and more[best] > entries(shapes[index])):
+            batches.append(([index], shapes[index]))
+        else:
+            batches[best] = ([*batches[best][0], index], joint[best])
+    return [sorted(members) for members, _ in batches]
+
+
+def _stack(*leaves: Any) -> jax.Array:
+    shape = tuple(max(sizes) for sizes in zip(*map(jnp.shape, leaves)))
+
+    def padded(leaf: Any) -> jax.Array:
+        own = jnp.shape(leaf)
+        return jnp.asarray(leaf) if own == shape else jnp.pad(leaf, [(0, m - n) for m, n in zip(shape, own)])
+
+    return jnp.stack([padded(leaf) for leaf in leaves])
+
+
+def _shapes(call: Callable[[tuple], Any], row: tuple) -> Any:
+    return jax.eval_shape(call, row)
+
+
+def _cut(leaf: jax.Array, like: Any) -> jax.Array:
+    return leaf[tuple(map(slice, like.shape))]

@@ -19,7 +19,7 @@ from tdlrt_jax.integrators.bug import existing, stepped_core
 from tdlrt_jax.paths import KernelTree
 from tdlrt_jax.ranks import RankPolicy, check_policy, check_tolerance, per_mode
 from tdlrt_jax.rules import Rule, check_rules_match, layer_path, rule_for
-from tdlrt_jax.tucker import TuckerTensor, active_rank
+from tdlrt_jax.tucker import TuckerTensor, active_rank, whole_sizes
 
 __all__ = ["Bounds", "RankControl"]
 
@@ -140,7 +140,10 @@ class RankControl:
 
         def look() -> tuple[BudgetState, Array]:
             energies = map_batched(
-                lambda point, increment: mode_energies(stepped_core(point, increment)), points, increments
+                lambda point, increment: mode_energies(stepped_core(point, increment)),
+                points,
+                increments,
+                apart=[whole_sizes(kernel) for kernel in tree.kernels],
             )
             exists = [tuple(None if v is None else jnp.sum(v, dtype=jnp.int32) for v in existing(p)) for p in points]
             # The ceilings hold until the next look: what is allowed then must fit already.

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.arguments import check_callable
+from tdlrt_jax import batching
 from tdlrt_jax.batching import map_batched
+from tdlrt_jax.orthonormal import orthonormal_rows
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import (
     HIGHEST,
@@ -71,7 +73,7 @@ def is_kernel(node: Any) -> bool:
 
 
 def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tuple[Array, Array]:
-    """``Q_i^T`` and ``K_i = U_i S_i`` of ``Mat_i(C)^T = Q_i S_i^T`` (lines 2-3).
+    """``Q_i^T`` and ``K_i = U_i S_i`` of ``Mat_i(C)^T = Q_i S_i^T`` (lines 2-3); ``S_i`` is triangular on the CPU only.
 
     Args:
       unfolding: ``Mat_i(C)``, ``(R_i, prod_{j != i} R_j)``.
@@ -83,8 +85,12 @@ def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tup
       column is dropped for a small diagonal entry of the triangular factor: with dependent slices that loses 10% and more of
       the core.
     """
-    q, triangular = jnp.linalg.qr(unfolding.T)
     in_use = active_columns(factor)
+    if batching.few_and_large():
+        rows = jnp.where(active, orthonormal_rows(jnp.where(active, unfolding, 0)), 0)
+        s = jnp.where(in_use[:, None], jnp.matmul(unfolding, rows.T, precision=HIGHEST), 0)
+        return rows, jnp.matmul(factor, s, precision=HIGHEST)
+    q, triangular = jnp.linalg.qr(unfolding.T)
     s = jnp.where(in_use[:, None] & in_use[None, :], triangular.T, 0)
     return jnp.where(active, q.T, 0), jnp.matmul(factor, s, precision=HIGHEST)
 
@@ -142,6 +148,7 @@ def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
             [unfold(cores[i], mode) for i, mode in modes],
             [unfold(masks[i], mode) for i, mode in modes],
             [kernels[i].factors[mode] for i, mode in modes],
+            apart=[None] * len(modes),
         )
     Q: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     K: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]

@@ -39,7 +39,8 @@ def deviation(factor: Array, gram: Array | None = None) -> Array:
 
 def largest_deviation(factors: Sequence[ModeArray]) -> Array:
     """:func:`deviation` of the worst of many factors, a float32 scalar; not a number where one of them is not finite."""
-    found = map_batched(deviation, [factor for factor in factors if factor is not None])
+    present = [factor for factor in factors if factor is not None]
+    found = map_batched(deviation, present, apart=[None] * len(present))
     return jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *(value.astype(jnp.float32) for value in found)]))
 
 

@@ -39,6 +39,7 @@ from tdlrt_jax.tucker import (
     capacity,
     is_tucker,
     kernel_shape,
+    whole_sizes,
 )
 
 __all__ = ["NetworkStep", "StepOutcome"]
@@ -74,6 +75,11 @@ class NetworkStep(NamedTuple):
     extra: dict[str, Any]  # keyword arguments for the inner transformation
     fields: Mapping[str, Kind] | None  # how unusual moments transform
 
+    @property
+    def _apart(self) -> list[tuple]:
+        """What :func:`map_batched` has to leave as it is."""
+        return [whole_sizes(kernel) for kernel in self.tree.kernels]
+
     def align(self, grads: Any) -> list[Any]:
         """The nodes of a gradient tree in the order of the parameters'; raises ``ValueError`` naming one that is missing."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_tucker)
@@ -106,11 +112,11 @@ class NetworkStep(NamedTuple):
         steps = self.tree.pick(nodes)
         with jax.named_scope("tdlrt.augment"):
             bases = augment_all(frames, steps)
-            points = map_batched(scheme.basis_step, bases, steps)
+            points = map_batched(scheme.basis_step, bases, steps, apart=self._apart)
         if scheme.evaluations == 1:
             after_last, finite = after_first, jnp.ones((), bool)
             with jax.named_scope("tdlrt.augment"):
-                increments = map_batched(embed_step, steps, bases)
+                increments = map_batched(embed_step, steps, bases, apart=self._apart)
         else:
             assert value_and_grad_fn is not None
             if scheme.same_network:  # a pass through the network may then be spared, see galerkin
@@ -130,9 +136,14 @@ class NetworkStep(NamedTuple):
 
         policies = [cut.policy for cut in truncations]
         # The policy is static, and no part of the batch.
-        traced = [cut._replace(policy=None) for cut in truncations]  # type: ignore[arg-type]
+        traced = [
+            cut._replace(policy=None, room=jnp.array(capacity(kernel), jnp.int32))  # type: ignore[arg-type]
+            for cut, kernel in zip(truncations, kernels)
+        ]
+        sketched = any(policy.route == "randomized" for policy in policies)  # how large a sketch is depends on the sizes
+        apart = None if sketched else self._apart
         with jax.named_scope("tdlrt.truncate"):
-            results = map_batched(core_step, bases, points, increments, traced, static=policies)
+            results = map_batched(core_step, bases, points, increments, traced, static=policies, apart=apart)
         moved, updates = [m for m, _ in results], [update for _, update in results]
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
@@ -253,7 +264,13 @@ class NetworkStep(NamedTuple):
         rows = [[column[moment.kernel] for moment in moments] for column in columns]
         present = [nodes[moment.position] for moment in moments]
         with jax.named_scope("tdlrt.transport"):
-            results = map_batched(function, present, *rows, static=[moment.kind for moment in moments])
+            results = map_batched(
+                function,
+                present,
+                *rows,
+                static=[moment.kind for moment in moments],
+                apart=[self._apart[moment.kernel] for moment in moments],
+            )
         for moment, result in zip(moments, results):
             nodes[moment.position] = result
         return jax.tree.unflatten(treedef, nodes)
@@ -299,6 +316,7 @@ class NetworkStep(NamedTuple):
                 [moved[i].rotations for i in owners],
                 [frames[i] for i in owners],
                 static=[moment.kind for moment in moments],
+                apart=[self._apart[i] for i in owners],
             )
         for moment, result in zip(moments, results):
             nodes[moment.position] = result

@@ -64,6 +64,7 @@ def truncate(
     floor: Array | None = None,
     ceiling: Array | None = None,
     step: Array | None = None,
+    room: Array | None = None,
 ) -> Truncated:
     """Truncates a core to a relative tolerance by sequential HOSVD, at static shapes.
 
@@ -81,6 +82,7 @@ def truncate(
       ceiling: ranks ``(d,)`` not to go above, traced (a budget); it wins over ``policy.min_rank``.
       step: an int32 scalar, the number of this truncation: a sketch's random numbers are a function of it and of the mode alone,
         independent for different ones. Default: 0.
+      room: ranks ``(d,)`` not to go above, as if they were the capacity, where that is larger for the sake of a batch.
 
     Returns:
       A :class:`Truncated`.
@@ -120,6 +122,7 @@ def truncate(
         others = math.prod([sizes[j] if j < mode else core.shape[j] for j in range(order) if j != mode])
         low = jnp.maximum(lows[mode], 0 if floor is None else floor[mode])
         high = jnp.minimum(exist, min(sizes[mode], others))
+        high = high if room is None else jnp.minimum(high, room[mode])
         high = high if highs[mode] is None else jnp.minimum(high, highs[mode])
         return low, high if ceiling is None else jnp.minimum(high, ceiling[mode])
 

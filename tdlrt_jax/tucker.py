@@ -243,6 +243,11 @@ def active_columns(factor: Array) -> Array:
     return jnp.any(factor != 0, axis=0)
 
 
+def whole_sizes(kernel: TuckerTensor) -> tuple[int | None, ...]:
+    """The sizes of the whole modes, None for the others."""
+    return tuple(size if factor is None else None for size, factor in zip(kernel.core.shape, kernel.factors))
+
+
 def active_rank(kernel: TuckerTensor) -> Array:
     """The ranks ``(r_1, ..., r_d)`` in use, an int32 ``(d,)``; ``n_i`` for a whole mode. Works under ``jit``.
 

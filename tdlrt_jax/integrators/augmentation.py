@@ -3,7 +3,8 @@
 The augmented basis is ``[U | Ũ]`` with ``U`` kept as it is, so ``[U | Ũ]^T U = [I; 0]``: the augmented core is ``C`` padded with
 zeros and the network does not change. ``Ũ`` is built from the step ``K_new - K`` itself, never from ``K_new``, in which it
 cancels. A mode has no more than ``n_i`` directions in all: where the columns of ``U`` and ``Ũ`` are more, the new directions take
-the place of columns of ``U`` that are not in use.
+the place of columns of ``U`` that are not in use. Where kernels of other sizes share a batch they always do: then the place of a
+direction does not depend on the capacities.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax import batching
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.ranks import tails
+from tdlrt_jax.orthonormal import cholesky_qr
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, magnitude, mode_product
 
@@ -56,7 +59,7 @@ class Augmented(NamedTuple):
         u = self.frame.U[mode]
         assert u is not None
         free = self.capacity[mode] - new.shape[axis]
-        before = min(u.shape[1], free)
+        before = 0 if batching.few_and_large() else min(u.shape[1], free)
         widths = [(0, 0)] * new.ndim
         widths[axis] = (before, free - before)
         placed = jnp.pad(new, widths)
@@ -120,15 +123,7 @@ def new_directions(step: Array, basis: Array, width: int) -> Array:
         jnp.tril(gram, -1) ** 2, axis=1
     )  # squared norm outside of all that is larger, nearly 1
     columns = jnp.where(seen < 0.5, 0, columns)
-    active = active_columns(columns)
-
-    def orthonormalize(_: int, columns: Array) -> Array:
-        gram = jnp.matmul(columns.T, columns, precision=HIGHEST)
-        triangular = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype)))
-        return jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
-
-    columns = jax.lax.fori_loop(0, 2, orthonormalize, columns)
-    return jnp.where(active, columns, 0)
+    return cholesky_qr(columns, active_columns(columns))
 
 
 def unchanged(frame: Frame) -> Augmented:
@@ -153,6 +148,7 @@ def augment_all(frames: Sequence[Frame], steps: Sequence[TuckerTensor]) -> list[
         lambda dk, u: new_directions(dk, u, augmented_width(*u.shape)),
         [steps[i].factors[mode] for i, mode in modes],
         [frames[i].U[mode] for i, mode in modes],
+        apart=[None] * len(modes),
     )
     new: list[list[ModeArray]] = [[None] * len(frame.U) for frame in frames]
     for (i, mode), directions in zip(modes, found):

@@ -44,6 +44,7 @@ def core_step(augmented: Augmented, point: Galerkin, increment: Array, truncatio
         floor=truncation.floor,
         ceiling=truncation.ceiling,
         step=truncation.step,
+        room=truncation.room,
     )
     factors, deviation = orthonormal_factors(point.bases, cut.rotations)
     return Moved(TuckerTensor(cut.core, factors), cut.rotations, cut.rank, cut.error, cut.bound, deviation)
