@@ -7,6 +7,7 @@ numbers that all have; the first one alone writes files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from typing import Any
@@ -20,7 +21,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import DeviceConfig
 
-__all__ = ["ONE_DEVICE", "Devices", "first_says", "join_processes", "take_devices"]
+__all__ = ["ONE_DEVICE", "Devices", "first_says", "join_processes", "on_the_host", "onto_the_device", "take_devices"]
+
+
+def on_the_host() -> contextlib.AbstractContextManager[Any]:
+    """In it small computations of the host's run on the CPU, where compiling each takes the least."""
+    return contextlib.nullcontext() if jax.default_backend() == "cpu" else jax.default_device(jax.devices("cpu")[0])
+
+
+def onto_the_device(tree: Any) -> Any:
+    """Arrays that were made on the host, on the default device."""
+    return tree if jax.default_backend() == "cpu" else jax.device_put(tree, jax.local_devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)

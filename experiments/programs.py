@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,22 +89,27 @@ class Programs:
         """One step; dispatched, not waited for."""
         whole = whole or False not in self._steps
         key = whole, tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
-        program = self._compiled.pop(key, None) or self._compile(whole, state, data, order, epoch, index)
-        self._compiled[key] = program
-        if len(self._compiled) > _KEPT * len(self._steps):
+        if key not in self._compiled:
+            self._compile(key, state, data, order, epoch, index)
+        program = self._compiled[key] = self._compiled.pop(key)
+        while len(self._compiled) > _KEPT * len(self._steps):
             del self._compiled[next(iter(self._compiled))]
         return program(state, data, order, epoch, index)
 
-    def _compile(self, whole: bool, *arguments: Any) -> Any:
+    def _compile(self, key: tuple[bool, Any], *arguments: Any) -> None:
+        """Compiles the step that is asked for, and at the same time the other kind for the same arrays, which comes next."""
         started = time.monotonic()
-        program = self._steps[whole].lower(*arguments).compile()
-        self.compilations += 1
+        keys = [(whole, key[1]) for whole in self._steps if (whole, key[1]) not in self._compiled]
+        with ThreadPoolExecutor() as threads:
+            compiled = threads.map(lambda key: self._steps[key[0]].lower(*arguments).compile(), keys)
+            for (whole, shapes), program in zip(keys, compiled):
+                self._compiled[whole, shapes] = program
+                self.compilations += 1
+                if whole or not self.memory:
+                    self.memory = memory_of(program)
         self.compile_seconds += time.monotonic() - started
-        if whole or not self.memory:
-            self.memory = memory_of(program)
-        if self.compilations > 1:
+        if self.compilations > len(keys):
             forget_traces()
-        return program
 
 
 def memory_of(compiled: Any) -> dict[str, int]:

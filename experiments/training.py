@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import signal
 import time
@@ -19,7 +20,7 @@ from experiments.arrays import fit_arrays, full_layers, pressing_note
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
 from experiments.build import build_descent, build_model, build_optimizer, kinds_of, learning_rate
 from experiments.config import TrainConfig
-from experiments.devices import ONE_DEVICE, Devices
+from experiments.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
 from experiments.display import Display
 from experiments.endings import Ending, NotFiniteError, Outcome
 from experiments.events import EventFile
@@ -61,29 +62,32 @@ class Training:
         self.loaded = loaded
         self.steps_per_epoch = count // batch
         self.train = to_device(loaded.train)
-        model = build_model(config.model, loaded, config.run.seed)
-        self.kinds = kinds_of(model)
         self.adaptive = config.model.parts.adaptive
         self.pruning: Pruning | None = None
         transform = transform_of(loaded, crop=config.data.crop, flip=config.data.flip)
-        if self.adaptive:
-            tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
-        else:
-            tx = build_descent(config.optimizer, self.steps_per_epoch)
-        if config.model.parts.pruning:
-            self.pruning = Pruning(config, self.kinds, tx)
-            tx = self.pruning.optimizer(model, self.train, transform)
         self.programs: Programs
         self.state: TrainState
-        self.programs, self.state = build_programs(
-            model,
-            tx,
-            transform,
-            seed=config.run.seed,
-            adaptive=self.adaptive,
-            cores_between=config.tdlrt.cores_between,
-            devices=devices,
-        )
+        # What is pruned is chosen by gradients: that is nothing for the host.
+        with contextlib.nullcontext() if config.model.parts.pruning else on_the_host():
+            model = build_model(config.model, loaded, config.run.seed)
+            self.kinds = kinds_of(model)
+            if self.adaptive:
+                tx = build_optimizer(config.optimizer, config.tdlrt, self.steps_per_epoch)
+            else:
+                tx = build_descent(config.optimizer, self.steps_per_epoch)
+            if config.model.parts.pruning:
+                self.pruning = Pruning(config, self.kinds, tx)
+                tx = self.pruning.optimizer(model, self.train, transform)
+            self.programs, self.state = build_programs(
+                model,
+                tx,
+                transform,
+                seed=config.run.seed,
+                adaptive=self.adaptive,
+                cores_between=config.tdlrt.cores_between,
+                devices=devices,
+            )
+        self.state = onto_the_device(self.state)
         if self.pruning is not None:
             self.pruning.remember(self.state.params, self.state.model_state)
             self.state = self.state._replace(params=self.pruning.start(self.state.params, self.state.opt_state))
@@ -247,16 +251,17 @@ class Training:
         if writer is not None:
             writer.scalars(scalars(record), record["step"])
         if self.adaptive and self.config.tdlrt.resize:
-            here = self._here()
-            fitted = fit_arrays(
-                here,
-                self.config.tdlrt.max_rank,
-                grow=self.sums.pressing_steps > 0,
-                steps_left=(self.config.epochs - self.epoch - 1) * self.steps_per_epoch,
-                compilation_steps=self.config.tdlrt.compilation_steps,
-            )
+            here = self._here() if jax.default_backend() == "cpu" else self._on_the_host()
+            with on_the_host():
+                fitted = fit_arrays(
+                    here,
+                    self.config.tdlrt.max_rank,
+                    grow=self.sums.pressing_steps > 0,
+                    steps_left=(self.config.epochs - self.epoch - 1) * self.steps_per_epoch,
+                    compilation_steps=self.config.tdlrt.compilation_steps,
+                )
             if fitted is not here:
-                self.state = self.devices.replicate(fitted)
+                self.state = self.devices.replicate(onto_the_device(fitted))
             self.status &= ~RANK_AT_CAPACITY
         self.epoch, self.sums = self.epoch + 1, Sums(skipped_in_a_row=self.sums.skipped_in_a_row)
         if self.pruning is not None and self.pruning.rounds:
@@ -294,13 +299,15 @@ class Training:
         if self.pruning is not None and self.pruning.rounds:
             record["round"] = done + 1
         step = (epoch + 1) * self.steps_per_epoch
-        here = self._here()
-        opt_state = jax.device_get(here.opt_state)
-        record |= network_record(here.params, self._layers())
+        here = self._on_the_host()
+        with on_the_host():
+            record |= network_record(here.params, self._layers())
+            rate = learning_rate(self.config.optimizer, self.steps_per_epoch, step, here.opt_state)
+            full = full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else []
         record |= {
-            "learning_rate": learning_rate(self.config.optimizer, self.steps_per_epoch, step, opt_state),
+            "learning_rate": rate,
             # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
-            "pressing": full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else [],
+            "pressing": full,
             "pressing_steps": self.sums.pressing_steps,
             "skipped_steps": self.sums.skipped,
             "seconds": self.sums.seconds,
@@ -312,7 +319,7 @@ class Training:
             "state_bytes": array_bytes((here.params, here.opt_state)),
         }
         if self.adaptive:
-            record |= truncation_record(opt_state)
+            record |= truncation_record(here.opt_state)
         if self.config.run.evaluate_every is not None:
             record["curve"] = self.sums.points
         return record
@@ -321,9 +328,14 @@ class Training:
         """The state as one device of this process has it, for the host's work."""
         return self.devices.local(self.state)
 
+    def _on_the_host(self) -> TrainState:
+        """The state in the host's memory."""
+        return jax.device_get(self._here())
+
     def _layers(self) -> list[Layer]:
-        here = self._here()
-        return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
+        here = self._on_the_host()
+        with on_the_host():
+            return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
 
     # Checkpoints.
 
@@ -413,10 +425,12 @@ class Training:
         if not self.devices.leads:
             return Outcome(0, self.directory.path, None)
         images = {name: held_out.labels.shape[0] for name, held_out in self.held_out.items()}
+        with on_the_host():
+            spectra = singular_values(self._on_the_host().params)
         return self.ending.finished(
             self.history,
             self._layers(),
             data={"data": self.loaded.source, "images": {"train": len(self.loaded.train.labels), **images}},
-            spectra=singular_values(self._here().params),
+            spectra=spectra,
             status=self.status,
         )

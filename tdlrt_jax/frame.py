@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.arguments import check_callable
 from tdlrt_jax import batching
+from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.orthonormal import orthonormal_rows
 from tdlrt_jax.paths import path_name

@@ -21,7 +21,7 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, check_transformation
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
-from tdlrt_jax.frame import chart_point, lift_all
+from tdlrt_jax.frame import lift_all
 from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
 from tdlrt_jax.network import NetworkStep, StepOutcome
@@ -140,7 +140,8 @@ def tdlrt(
         for name, kernel in zip(tree.names, tree.kernels):
             _check_kernel(name, kernel)
         control.check(tree)
-        state = inner.init(tree.replace([chart_point(frame) for frame in lift_all(tree.kernels)]))
+        # State that may be kept does not depend on the values that it starts from (see find_moments): factors stand for the K_i.
+        state = inner.init(tree.replace([_start(kernel) for kernel in tree.kernels]))
         find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True)
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
         tau, budget = control.initial(tree, params)
@@ -216,6 +217,11 @@ def tdlrt(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(kernel: TuckerTensor) -> TuckerTensor:
+    """Something of the shapes and dtypes of a kernel's ``(C, K_i)``."""
+    return kernel._replace(core=kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32)))
 
 
 def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:

@@ -64,7 +64,8 @@ def orthonormal_rows(matrix: Array) -> Array:
         deviation = jnp.max(jnp.abs(gram - jnp.diag(jnp.any(rows != 0, axis=1).astype(gram.dtype))))
         return ~done & ~(deviation <= _EXACT * jnp.finfo(gram.dtype).eps)
 
-    def surely(_: tuple[Array, Array]) -> tuple[Array, Array]:
+    def surely(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        del carry
         _, rows, energies = principal_rotation(matrix, jnp.any(matrix != 0, axis=1), ALL_ROUNDS)
         kept = ~(tails(energies) <= floor**2)
         rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)

@@ -55,8 +55,11 @@ def principal_rotation(
         chosen = valid & (index >= first)
         small = jnp.where(chosen[:, None], rows, 0)
         small = small / magnitude(small)
-        # In descending order: rows that keep their place, the chosen ones by energy, those that do not exist.
-        place = jnp.where(chosen, 0.0, jnp.where(valid, 2.0 * matrix.size, -1.0)).astype(rows.dtype)
+        norm = jnp.linalg.norm(small)
+        small = small / jnp.where(norm > 0, norm, 1)
+        # In descending order: rows that keep their place, the chosen ones by energy, those that do not exist. Energies are 1 at
+        # most, and the places not much more: eigenvectors are exact beside the largest eigenvalue only.
+        place = jnp.where(chosen, 0.0, jnp.where(valid, 2.0, -1.0)).astype(rows.dtype)
         gram = jnp.matmul(small, small.T, precision=HIGHEST) + jnp.diag(place)
         turn, _ = jax.lax.linalg.eigh(gram, symmetrize_input=False)
         sorted_ = index < exist

@@ -176,4 +176,6 @@ def test_a_frame_is_the_chart_at_the_kernel(scale, as_on_a_gpu, rng):
         for j, u in enumerate(kernel.factors):
             if j != mode and u is not None:
                 rebuilt = np.moveaxis(np.tensordot(np.asarray(u, np.float64), rebuilt, (1, j)), 0, j)
-        np.testing.assert_allclose(rebuilt / scale, dense64(kernel) / scale, atol=2e-6 * np.abs(dense64(kernel) / scale).max())
+        np.testing.assert_allclose(
+            rebuilt / scale, dense64(kernel) / scale, atol=2e-6 * np.abs(dense64(kernel) / scale).max()
+        )

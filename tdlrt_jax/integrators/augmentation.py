@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax import batching
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
-from tdlrt_jax.ranks import tails
 from tdlrt_jax.orthonormal import cholesky_qr
+from tdlrt_jax.ranks import tails
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, magnitude, mode_product
 

@@ -44,7 +44,9 @@ class Truncation(NamedTuple):
     floor: Array  # int32 (d,), ranks not to go below (warm-up, frozen ranks)
     ceiling: Array | None = None  # int32 (d,), ranks not to go above (a budget, frozen ranks)
     step: Array | None = None  # int32 scalar, what random numbers depend on; None where there are none
-    room: Array | None = None  # int32 (d,), ranks that the kernel's arrays have room for, less than those of a batch it is in
+    room: Array | None = (
+        None  # int32 (d,), ranks that the kernel's arrays have room for, less than those of a batch it is in
+    )
 
 
 class Integrator(NamedTuple):
