@@ -154,6 +154,8 @@ class TdlrtConfig:
     """Bases and ranks move every so many steps, only the cores in between."""
     cores_between: bool = False
     """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
+    basis_rate: float = 1.0
+    """What the part of a step that moves the bases is multiplied by: with --adapt-every, so that they keep pace with the cores."""
     warmup: int = 0
     """For so many steps ranks may rise but not fall."""
     min_rank: int = 1
@@ -177,6 +179,7 @@ class TdlrtConfig:
         if self.budget is None and self.budget_epochs is not None:
             raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
         _at_least(self, "budget_epochs", 0.0, strict=True)
+        _at_least(self, "basis_rate", 0.0, strict=True)
         for name, low in (
             ("freeze_epochs", 0),
             ("spare", 0),

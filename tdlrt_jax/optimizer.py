@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, check_transformation
+from tdlrt_jax.arguments import check_callable, check_number, check_transformation
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import lift_all
@@ -59,6 +59,7 @@ def tdlrt(
     route: Route = "gram",
     warmup: int = 0,
     adapt_every: int = 1,
+    basis_rate: float = 1.0,
     freeze_after: int | None = None,
     min_rank: Bounds = 1,
     max_rank: Bounds | None = None,
@@ -84,6 +85,9 @@ def tdlrt(
       warmup: for so many steps ranks may rise but not fall.
       adapt_every: bases and ranks move every so many steps; in between only the cores do (from one gradient), while the inner
         state goes on collecting the directions outside of the bases.
+      basis_rate: what the part of a step that moves the bases is multiplied by. Where they move only every so many steps, by
+        ``adapt_every`` or by steps with ``cores_only``, that many lets them keep pace with the cores (a multirate splitting of
+        the gradient flow, whose part in the bases takes the longer steps); more than the learning rate bears is unstable.
       freeze_after: from this step on ranks stay as they are, while bases and cores go on moving.
       min_rank, max_rank: bounds; one number, one a mode, or a mapping from a regular expression on the kernel's path to either.
       rules: for single layers, a mapping from a regular expression on the layer's path to the tolerance, criterion, convention,
@@ -133,6 +137,8 @@ def tdlrt(
         adapt_every=adapt_every,
         adaptive=integrator != "fixed_rank",
     )
+    if not check_number("basis_rate", basis_rate, "a positive number") > 0:
+        raise ValueError(f"basis_rate={basis_rate} must be positive")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> TdlrtState:
@@ -186,7 +192,7 @@ def tdlrt(
                 '(transformations such as optax.MultiSteps drop it), or use integrator="parallel"'
             )
         tau = control.tolerance_at(state.step, state.tolerance)
-        network = NetworkStep(tree, inner, extra, moments)
+        network = NetworkStep(tree, inner, extra, moments, basis_rate)
         gradients = network.align(grads)
         finite = all_finite((gradients, extra.get("value")))
         given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])
