@@ -25,8 +25,11 @@ __all__ = ["ONE_DEVICE", "Devices", "first_says", "join_processes", "on_the_host
 
 
 def on_the_host() -> contextlib.AbstractContextManager[Any]:
-    """In it small computations of the host's run on the CPU, where compiling each takes the least."""
-    return contextlib.nullcontext() if jax.default_backend() == "cpu" else jax.default_device(jax.devices("cpu")[0])
+    """In it small computations of the host's run on the CPU, where compiling each takes the least; if JAX may use it."""
+    try:
+        return contextlib.nullcontext() if jax.default_backend() == "cpu" else jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS=cuda
+        return contextlib.nullcontext()
 
 
 def onto_the_device(tree: Any) -> Any:

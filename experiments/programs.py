@@ -100,9 +100,11 @@ class Programs:
         """Compiles the step that is asked for, and at the same time the other kind for the same arrays, which comes next."""
         started = time.monotonic()
         keys = [(whole, key[1]) for whole in self._steps if (whole, key[1]) not in self._compiled]
+        lowered = [
+            self._steps[whole].lower(*arguments) for whole, _ in keys
+        ]  # here, since JAX's contexts are a thread's own
         with ThreadPoolExecutor() as threads:
-            compiled = threads.map(lambda key: self._steps[key[0]].lower(*arguments).compile(), keys)
-            for (whole, shapes), program in zip(keys, compiled):
+            for (whole, shapes), program in zip(keys, threads.map(lambda program: program.compile(), lowered)):
                 self._compiled[whole, shapes] = program
                 self.compilations += 1
                 if whole or not self.memory:
