@@ -155,7 +155,7 @@ class TdlrtConfig:
     cores_between: bool = False
     """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
     basis_rate: float = 1.0
-    """What the part of a step that moves the bases is multiplied by: with --adapt-every, so that they keep pace with the cores."""
+    """What the part of a step that moves the bases is multiplied by, for those that move every so many steps."""
     warmup: int = 0
     """For so many steps ranks may rise but not fall."""
     min_rank: int = 1

@@ -100,9 +100,8 @@ class Programs:
         """Compiles the step that is asked for, and at the same time the other kind for the same arrays, which comes next."""
         started = time.monotonic()
         keys = [(whole, key[1]) for whole in self._steps if (whole, key[1]) not in self._compiled]
-        lowered = [
-            self._steps[whole].lower(*arguments) for whole, _ in keys
-        ]  # here, since JAX's contexts are a thread's own
+        # Traced here, since JAX's contexts are a thread's own.
+        lowered = [self._steps[whole].lower(*arguments) for whole, _ in keys]
         with ThreadPoolExecutor() as threads:
             for (whole, shapes), program in zip(keys, threads.map(lambda program: program.compile(), lowered)):
                 self._compiled[whole, shapes] = program
