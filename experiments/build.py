@@ -162,6 +162,7 @@ def build_optimizer(
         warmup=tdlrt.warmup,
         adapt_every=1 if tdlrt.cores_between else tdlrt.adapt_every,
         basis_rate=tdlrt.basis_rate,
+        keep_momentum=tdlrt.keep_momentum,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,
         freeze_after=None if tdlrt.freeze_epochs is None else round(tdlrt.freeze_epochs * steps_per_epoch),

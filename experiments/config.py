@@ -154,6 +154,8 @@ class TdlrtConfig:
     """Bases and ranks move every so many steps, only the cores in between."""
     cores_between: bool = False
     """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
+    keep_momentum: bool = False
+    """--cores-between: bases go on with the momentum that they had, in place of none."""
     basis_rate: float = 1.0
     """What the part of a step that moves the bases is multiplied by, for those that move every so many steps."""
     warmup: int = 0
@@ -176,6 +178,8 @@ class TdlrtConfig:
             raise ValueError(f"--budget {self.budget}: expected a compression between 0 and 1, such as 0.95")
         if self.cores_between and not self.adapt_every > 1:
             raise ValueError(f"--cores-between with --adapt-every {self.adapt_every}: there are no steps in between")
+        if self.keep_momentum and not self.cores_between:
+            raise ValueError("--keep-momentum: momentum is kept anyway without --cores-between")
         if self.budget is None and self.budget_epochs is not None:
             raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
         _at_least(self, "budget_epochs", 0.0, strict=True)

@@ -166,22 +166,49 @@ class NetworkStep(NamedTuple):
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
         updates = self._of_cores(nodes)
         new_frames = self._frames_after(updates)
+        return self._bases_stay(updates, nodes, self._carried_over(inner_state, frames, new_frames))
+
+    def from_anchor(self, inner_state: Any, anchor: list[TuckerTensor], frames: list[Frame]) -> Any:
+        """The state after steps of the cores alone that held the moments of the ``K_i``, in the frames of now.
+
+        Args:
+          inner_state: with moments of the ``K_i`` in the frames at the anchor.
+          anchor: the kernels before those steps, in the same bases.
+          frames: at the kernels of now.
+        """
+        return self._carried_over(inner_state, lift_all(anchor), frames, ("linear",))
+
+    def _carried_over(
+        self,
+        inner_state: Any,
+        frames: list[Frame],
+        new_frames: list[Frame],
+        kinds: tuple[Kind, ...] = ("linear", "squared"),
+    ) -> Any:
+        """Moments in other frames of the same bases, those of some kinds."""
 
         def carry(kind: Kind, moment: TuckerTensor, frame: Frame, new_frame: Frame) -> TuckerTensor:
+            if kind not in kinds:
+                return moment
             same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frame.U)
             return transport_moment(moment.core, moment.factors, unchanged(frame), same, new_frame, kind)
 
-        return self._bases_stay(updates, nodes, self._map_moments(inner_state, carry, frames, new_frames))
+        return self._map_moments(inner_state, carry, frames, new_frames)
 
-    def cores_only_step(self, gradients: list[Any], inner_state: Any) -> StepOutcome:
+    def cores_only_step(self, gradients: list[Any], inner_state: Any, hold: bool = False) -> StepOutcome:
         """A step of the cores alone, in bases that stay, from gradients of nothing else of the kernels.
 
         As at line 9, zeros stand for the ``K_i`` and for their gradients. See :func:`tdlrt_jax.transport.core_moment`.
+
+        Args:
+          gradients, inner_state: as in :meth:`adaptive_step`.
+          hold: keep the moments of the ``K_i`` as they are, in the frames in which they are: :meth:`from_anchor` takes them up.
         """
-        kernels = self.tree.kernels
+        kernels, before = self.tree.kernels, inner_state
         inner_state = self._map_moments(
             inner_state, lambda kind, moment, kernel: core_moment(moment, kernel, kind), kernels
         )
+        floored = inner_state
         points = [_of_core(core_frame(kernel).core, kernel) for kernel in kernels]
         grads = [
             _of_core(grad.core.astype(point.core.dtype), kernel)
@@ -190,7 +217,19 @@ class NetworkStep(NamedTuple):
         nodes, inner_state = self._inner_update(gradients, grads, points, inner_state)
         for position, kernel in zip(self.tree.positions, kernels):
             nodes[position] = _mask(nodes[position], kernel)
+        if hold:
+            inner_state = self._with_factors(inner_state, {"linear": before, "squared": floored})
         return self._bases_stay(self._of_cores(nodes), nodes, inner_state)
+
+    def _with_factors(self, state: Any, of: Mapping[Kind, Any]) -> Any:
+        """A state with the moments of the ``K_i`` of others, chosen by kind."""
+        nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
+        others = {kind: jax.tree.leaves(other, is_leaf=is_tucker) for kind, other in of.items()}
+        for moment in self._moments(state):
+            if moment.kind in others:
+                position = moment.position
+                nodes[position] = nodes[position]._replace(factors=others[moment.kind][position].factors)
+        return jax.tree.unflatten(treedef, nodes)
 
     def _of_cores(self, nodes: list[Any]) -> list[TuckerTensor]:
         """The kernels' updates, without those of the factors."""

@@ -46,6 +46,7 @@ class TdlrtState(NamedTuple):
     status: Array  # int32 bit flags, see tdlrt_jax.describe_status
     skipped: Array  # int32, calls in a row, up to the last one, that left all as it was; status says why
     budget: Any = ()  # a tdlrt_jax.budget.BudgetState where the tolerance is a Budget
+    anchor: Any = ()  # with keep_momentum, the kernels in whose frames the moments are: those before steps with cores_only
 
 
 def tdlrt(
@@ -60,6 +61,7 @@ def tdlrt(
     warmup: int = 0,
     adapt_every: int = 1,
     basis_rate: float = 1.0,
+    keep_momentum: bool = False,
     freeze_after: int | None = None,
     min_rank: Bounds = 1,
     max_rank: Bounds | None = None,
@@ -88,6 +90,9 @@ def tdlrt(
       basis_rate: what the part of a step that moves the bases is multiplied by. Where they move only every so many steps, by
         ``adapt_every`` or by steps with ``cores_only``, that many lets them keep pace with the cores (a multirate splitting of
         the gradient flow, whose part in the bases takes the longer steps); more than the learning rate bears is unstable.
+      keep_momentum: steps with ``cores_only`` hold what the inner state has collected for the ``K_i``, and the next step that
+        moves the bases takes it up, exactly: a tangent vector stays what it is while the cores move. Else it begins anew. This
+        costs a copy of the kernels, and a second lift in those steps.
       freeze_after: from this step on ranks stay as they are, while bases and cores go on moving.
       min_rank, max_rank: bounds; one number, one a mode, or a mapping from a regular expression on the kernel's path to either.
       rules: for single layers, a mapping from a regular expression on the layer's path to the tolerance, criterion, convention,
@@ -137,6 +142,8 @@ def tdlrt(
         adapt_every=adapt_every,
         adaptive=integrator != "fixed_rank",
     )
+    if not isinstance(keep_momentum, bool | np.bool_):
+        raise ValueError(f"keep_momentum={keep_momentum!r}: expected True or False")
     if not check_number("basis_rate", basis_rate, "a positive number") > 0:
         raise ValueError(f"basis_rate={basis_rate} must be positive")
     inner = optax.with_extra_args_support(inner)
@@ -161,6 +168,7 @@ def tdlrt(
             status=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             budget=budget,
+            anchor={n: jax.tree.map(jnp.copy, k) for n, k in zip(tree.names, tree.kernels)} if keep_momentum else (),
         )
 
     def update(
@@ -197,22 +205,29 @@ def tdlrt(
         finite = all_finite((gradients, extra.get("value")))
         given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])
         if cores_only:
-            outcome = network.cores_only_step(gradients, state.inner)
+            outcome = network.cores_only_step(gradients, state.inner, keep_momentum)
             outcome = outcome._replace(budget=(state.budget, tau), deviation=given)
             return _accept(outcome, params, state, tree.names, finite=finite, plain=jnp.zeros((), bool))
         frames = lift_all(tree.kernels)
+        before = state.inner
+        if keep_momentum:
+            before = network.from_anchor(before, [state.anchor[name] for name in tree.names], frames)
         bounds = partial(control.truncations, tree, params, state.step, tau, state.budget)
 
         def adaptive() -> StepOutcome:
-            outcome = network.adaptive_step(scheme, frames, gradients, state.inner, bounds, value_and_grad_fn)
+            outcome = network.adaptive_step(scheme, frames, gradients, before, bounds, value_and_grad_fn)
             return outcome._replace(budget=outcome.budget or (state.budget, tau))
 
         def core_only() -> StepOutcome:
-            return network.core_only_step(frames, gradients, state.inner)._replace(budget=(state.budget, tau))
+            return network.core_only_step(frames, gradients, before)._replace(budget=(state.budget, tau))
 
         every_step = adapt_every == 1
         outcome = adaptive() if every_step else jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
         outcome = outcome._replace(deviation=jnp.maximum(outcome.deviation, given))
+        anchor = state.anchor
+        if keep_momentum:
+            moved = zip(tree.names, tree.kernels, tree.pick(flatten_kernels(outcome.updates).nodes))
+            anchor = {name: optax.apply_updates(kernel, step) for name, kernel, step in moved}
         return _accept(
             outcome,
             params,
@@ -220,6 +235,7 @@ def tdlrt(
             tree.names,
             finite=finite,
             plain=look_plain(frames, tree.pick(gradients)),
+            anchor=anchor,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -245,7 +261,14 @@ def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:
 
 
 def _accept(
-    outcome: StepOutcome, params: Any, state: TdlrtState, names: list[str], *, finite: Array, plain: Array
+    outcome: StepOutcome,
+    params: Any,
+    state: TdlrtState,
+    names: list[str],
+    *,
+    finite: Array,
+    plain: Array,
+    anchor: Any = None,
 ) -> tuple[Any, TdlrtState]:
     """The proposed updates and state, or nothing at all where they are not in order; and the report.
 
@@ -256,6 +279,7 @@ def _accept(
       names: of the kernels.
       finite: whether what the step was given is.
       plain: whether the gradients look like plain ones.
+      anchor: the next one; default: that of before.
     """
     # Moments may overflow where updates do not.
     finite = finite & outcome.finite & adds_up(params, outcome.updates) & stays_finite(state.inner, outcome.inner)
@@ -277,6 +301,7 @@ def _accept(
         status=status,
         skipped=jnp.zeros_like(state.skipped),
         budget=budget,
+        anchor=state.anchor if anchor is None else anchor,
     )
     kept = left_out(state, status)
     # Not a selection leaf by leaf: XLA would compute the conjunction over all leaves anew in each of them, and a network's step

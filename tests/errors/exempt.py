@@ -45,6 +45,8 @@ REASONS = {
             "rotation.randomized_rotation",
             "rotation.sketch_size",
             "batching.map_batched",
+            "batching.few_and_large",
+            *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
         *("transport.Moment", "transport.core_moment", "transport.embed_moment", "transport.find_moments"),
         "transport.transport",
