@@ -161,7 +161,6 @@ def build_optimizer(
         spare=tdlrt.spare,
         warmup=tdlrt.warmup,
         adapt_every=1 if tdlrt.cores_between else tdlrt.adapt_every,
-        basis_rate=tdlrt.basis_rate,
         keep_momentum=tdlrt.keep_momentum,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,

@@ -156,8 +156,6 @@ class TdlrtConfig:
     """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
     keep_momentum: bool = False
     """--cores-between: bases go on with the momentum that they had, in place of none."""
-    basis_rate: float = 1.0
-    """What the part of a step that moves the bases is multiplied by, for those that move every so many steps."""
     warmup: int = 0
     """For so many steps ranks may rise but not fall."""
     min_rank: int = 1
@@ -183,7 +181,6 @@ class TdlrtConfig:
         if self.budget is None and self.budget_epochs is not None:
             raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
         _at_least(self, "budget_epochs", 0.0, strict=True)
-        _at_least(self, "basis_rate", 0.0, strict=True)
         for name, low in (
             ("freeze_epochs", 0),
             ("spare", 0),

@@ -78,8 +78,6 @@ def method_name(options: Mapping[str, Any]) -> str | None:
             words.append(f"every {options['adapt_every']} steps{between}")
         if options.get("keep_momentum"):
             words.append("with momentum")
-        if options.get("basis_rate", 1) != 1:
-            words.append(f"by {options['basis_rate']:g}")
     return " ".join(words) or None
 
 

@@ -74,7 +74,6 @@ class NetworkStep(NamedTuple):
     inner: optax.GradientTransformationExtraArgs
     extra: dict[str, Any]  # keyword arguments for the inner transformation
     fields: Mapping[str, Kind] | None  # how unusual moments transform
-    basis_rate: float = 1.0  # what steps out of the range of the bases are multiplied by
 
     @property
     def _apart(self) -> list[tuple]:
@@ -110,7 +109,7 @@ class NetworkStep(NamedTuple):
     ) -> StepOutcome:
         """One step of Algorithm 1, or of the integrator's variant of it, for all kernels at once."""
         nodes, after_first = self._first_update(frames, gradients, inner_state)
-        steps = [self._stretched(step, frame) for step, frame in zip(self.tree.pick(nodes), frames)]
+        steps = self.tree.pick(nodes)
         with jax.named_scope("tdlrt.augment"):
             bases = augment_all(frames, steps)
             points = map_batched(scheme.basis_step, bases, steps, apart=self._apart)
@@ -124,8 +123,6 @@ class NetworkStep(NamedTuple):
                 value_and_grad_fn = getattr(value_and_grad_fn, "at_same_network", value_and_grad_fn)
             nodes, after_last, finite = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
             increments = [update.core for update in self.tree.pick(nodes)]
-            if scheme.same_network:  # else the core steps in the bases as they are by then
-                increments = [self._stretched_core(core, basis) for core, basis in zip(increments, bases)]
 
         kernels = self.tree.kernels
         with jax.named_scope("tdlrt.truncate"):
@@ -290,33 +287,6 @@ class NetworkStep(NamedTuple):
         state = self._map_moments(state, turn, bases, points, still)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
         return *self._inner_update(gradients, core_grads, at_points, state), all_finite(core_grads)
-
-    def _stretched(self, step: TuckerTensor, frame: Frame) -> TuckerTensor:
-        """A step of ``(C, K_i)``, what it has outside of ``U_i`` multiplied by the rate of the bases."""
-        if self.basis_rate == 1:
-            return step
-
-        def stretched(dk: ModeArray, u: ModeArray) -> ModeArray:
-            if dk is None:
-                return None
-            inside = jnp.matmul(u, jnp.matmul(u.T, dk, precision=HIGHEST), precision=HIGHEST)
-            return self.basis_rate * (dk - inside) + inside
-
-        return step._replace(factors=tuple(stretched(dk, u) for dk, u in zip(step.factors, frame.U)))
-
-    def _stretched_core(self, increment: Array, augmented: Augmented) -> Array:
-        """The same of a step of the augmented core: what does not lie in the old bases alone."""
-        if self.basis_rate == 1:
-            return increment
-        old = tuple(
-            None if u is None else augmented.join(mode, active_columns(u), jnp.zeros(t.shape[1], bool))
-            for mode, (u, t) in enumerate(zip(augmented.frame.U, augmented.new))
-        )
-        inside = jnp.ones(increment.shape, bool)
-        for mode, columns in enumerate(old):
-            if columns is not None:
-                inside = inside & columns.reshape([-1 if axis == mode else 1 for axis in range(increment.ndim)])
-        return jnp.where(inside, increment, self.basis_rate * increment)
 
     def _frames_after(self, updates: list[TuckerTensor]) -> list[Frame]:
         """The frames at what ``optax.apply_updates`` will make of the kernels.

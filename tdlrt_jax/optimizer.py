@@ -18,7 +18,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, check_number, check_transformation
+from tdlrt_jax.arguments import check_callable, check_transformation
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import lift_all
@@ -60,7 +60,6 @@ def tdlrt(
     route: Route = "gram",
     warmup: int = 0,
     adapt_every: int = 1,
-    basis_rate: float = 1.0,
     keep_momentum: bool = False,
     freeze_after: int | None = None,
     min_rank: Bounds = 1,
@@ -87,9 +86,6 @@ def tdlrt(
       warmup: for so many steps ranks may rise but not fall.
       adapt_every: bases and ranks move every so many steps; in between only the cores do (from one gradient), while the inner
         state goes on collecting the directions outside of the bases.
-      basis_rate: what the part of a step that moves the bases is multiplied by. Where they move only every so many steps, by
-        ``adapt_every`` or by steps with ``cores_only``, that many lets them keep pace with the cores (a multirate splitting of
-        the gradient flow, whose part in the bases takes the longer steps); more than the learning rate bears is unstable.
       keep_momentum: steps with ``cores_only`` hold what the inner state has collected for the ``K_i``, and the next step that
         moves the bases takes it up, exactly: a tangent vector stays what it is while the cores move. Else it begins anew. This
         costs a copy of the kernels, and a second lift in those steps.
@@ -144,8 +140,6 @@ def tdlrt(
     )
     if not isinstance(keep_momentum, bool | np.bool_):
         raise ValueError(f"keep_momentum={keep_momentum!r}: expected True or False")
-    if not check_number("basis_rate", basis_rate, "a positive number") > 0:
-        raise ValueError(f"basis_rate={basis_rate} must be positive")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> TdlrtState:
@@ -200,7 +194,7 @@ def tdlrt(
                 '(transformations such as optax.MultiSteps drop it), or use integrator="parallel"'
             )
         tau = control.tolerance_at(state.step, state.tolerance)
-        network = NetworkStep(tree, inner, extra, moments, basis_rate)
+        network = NetworkStep(tree, inner, extra, moments)
         gradients = network.align(grads)
         finite = all_finite((gradients, extra.get("value")))
         given = largest_deviation([factor for kernel in tree.kernels for factor in kernel.factors])

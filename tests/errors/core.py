@@ -137,7 +137,6 @@ TOP = {
         *[(optimizer(warmup=value), "warmup") for value in (-1, 0.5, None)],
         *[(optimizer(adapt_every=value), "adapt_every") for value in (0, 1.5, None)],
         *[(optimizer(keep_momentum=value), "keep_momentum") for value in (1, "x", None)],
-        *[(optimizer(basis_rate=value), "basis_rate") for value in (0, -1, "x", None)],
         *[(optimizer(freeze_after=value), "freeze_after") for value in (-1, 1.5, "x")],
         *[(started(min_rank=value), "min_rank") for value in (0, 1.5, "x", (1, 1), {"v": 2}, {"(": 2})],
         *[(started(max_rank=value), "max_rank") for value in (0, 1.5, "x", (1, 1), {"v": 2}, {"(": 2})],
