@@ -82,9 +82,10 @@ def loss_fn(params, x, y):
     return jnp.mean((tucker_linear(jnp.mean(x, axis=(1, 2)), params["head"]) + params["bias"] - y) ** 2)
 
 
-def trained(rng, steps=8, inner=None, **options):
+def trained(rng, steps=8, adam=False, **options):
     params, x, y = network(rng, jnp.float64)
-    tx = tdlrt(inner or optax.sgd(0.2, momentum=0.9), **{"tolerance": 0.05, **options})
+    inner = optax.adam(0.02) if adam else optax.sgd(0.2, momentum=0.9)
+    tx = tdlrt(inner, **{"tolerance": 0.05, **options})
     step, state, losses = tdlrt_step(loss_fn, tx, donate=False), tx.init(params), []
     for _ in range(steps):
         params, state, info = step(params, state, x, y)
@@ -99,7 +100,7 @@ def trained(rng, steps=8, inner=None, **options):
     [
         {"integrator": "bug"},
         {"integrator": "fixed_rank"},
-        {"integrator": "parallel", "inner": optax.adam(0.02)},
+        {"integrator": "parallel", "adam": True},
         {"integrator": "bug", "tolerance": 1e-6},  # ranks rise until the arrays are full
         {"integrator": "bug", "adapt_every": 3, "warmup": 3},
         {"integrator": "bug", "tolerance": Budget(0.4, steps=6, every=2)},
