@@ -16,6 +16,7 @@ import tdlrt_jax
 from benchmarks.networks import Network, build, images, loss_of
 from benchmarks.paper_step import paper_step
 from experiments import programs
+from experiments.devices import on_the_host, onto_the_device
 
 __all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "step_of", "tree_bytes"]
 
@@ -55,13 +56,15 @@ class TrainingStep:
     def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
         ordinary = method in ("factorized", "paper")
         kind = method if method.startswith("dense") else "tucker_ordinary" if ordinary else "tucker"
-        parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
-        graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
-        loss_fn, inner = loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum)
-        function, init = step_of("bug" if method == "amortized" else method, loss_fn, inner)
-        opt_state = jax.jit(init)(params)
-        # Every leaf its own buffer: the step donates its state.
-        self.state = jax.tree.map(jnp.copy, (params, opt_state, model_state))
+        with on_the_host():
+            parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
+            graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
+            loss_fn, inner = loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum)
+            function, init = step_of("bug" if method == "amortized" else method, loss_fn, inner)
+            opt_state = jax.jit(init)(params)
+            # Every leaf its own buffer: the step donates its state.
+            state = jax.tree.map(jnp.copy, (params, opt_state, model_state))
+        self.state = onto_the_device(state)
         self.batch = images(network)
         self.seconds_to = {"trace": 0.0, "compile": 0.0}
         self.compiled = self._compile(function)  # the largest of the programs

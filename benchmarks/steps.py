@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.cells import Cell, Options
 from benchmarks.networks import CLASSES, Network, compression_of, fraction_for, kernels
 from benchmarks.timing import in_turn, ratio, spread
 
-__all__ = ["build_peer", "cells", "networks", "peer_ranks", "run_peer"]
+__all__ = ["build_peer", "cells", "compilers", "networks", "peer_ranks", "run_peer"]
 
 PEERS = ("dense", "factorized", "tensorly")
 BASELINES = ("dense", "factorized", "torch dense")
@@ -31,6 +32,13 @@ def cells(options: Options) -> list[Cell]:
     return [Cell(network.key, partial(_measure, options, network)) for network in networks(options)]
 
 
+def compilers() -> int:
+    """How many programs are compiled at a time: on a CPU one, so that times of compilation compare, and on a GPU all."""
+    import jax
+
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
 def peer_ranks(network: Network) -> dict[str, list[int]]:
     """The network's ranks by layer for another framework, spatial modes at their size where they are whole."""
     return {
@@ -44,9 +52,10 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
     from benchmarks.peers import Peer
 
     steps: dict[str, Any] = {}
-    for method in options.methods:
-        say(f"compiling {method}")
-        steps[method] = TrainingStep(network, method)
+    with ThreadPoolExecutor(compilers()) as threads:
+        for method, step in zip(options.methods, threads.map(partial(TrainingStep, network), options.methods)):
+            say(f"compiled {method}")
+            steps[method] = step
     programs: dict[str, Callable[[], float]] = {name: step.run for name, step in steps.items()}
     with contextlib.ExitStack() as stack:
         peer = stack.enter_context(Peer(options.peers)) if options.peers else None
