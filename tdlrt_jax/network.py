@@ -140,9 +140,8 @@ class NetworkStep(NamedTuple):
             cut._replace(policy=None, room=jnp.array(capacity(kernel), jnp.int32))  # type: ignore[arg-type]
             for cut, kernel in zip(truncations, kernels)
         ]
-        sketched = any(
-            policy.route == "randomized" for policy in policies
-        )  # how large a sketch is depends on the sizes
+        # How large a sketch is depends on the sizes, zeros included.
+        sketched = any(policy.route == "randomized" for policy in policies)
         apart = None if sketched else self._apart
         with jax.named_scope("tdlrt.truncate"):
             results = map_batched(core_step, bases, points, increments, traced, static=policies, apart=apart)

@@ -45,7 +45,7 @@ class Truncation(NamedTuple):
     ceiling: Array | None = None  # int32 (d,), ranks not to go above (a budget, frozen ranks)
     step: Array | None = None  # int32 scalar, what random numbers depend on; None where there are none
     room: Array | None = (
-        None  # int32 (d,), ranks that the kernel's arrays have room for, less than those of a batch it is in
+        None  # int32 (d,), what the kernel's own arrays have room for, where those of its batch have more
     )
 
 
