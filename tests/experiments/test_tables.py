@@ -1,6 +1,7 @@
 """Tables of grids from JSON alone: hand-made results whose numbers can be checked by hand."""
 
 import json
+import statistics
 
 import pytest
 
@@ -192,3 +193,15 @@ def test_every_row_trains_at_the_smallest_scale(tmp_path, capsys):
         assert cells[:2] == cells[8:10] == ["—", "—"]  # VGG16 and ResNet18 were not run
         assert all(float(cell) >= 0 for cell in cells[4:6]), line
     assert "dataset digits instead of cifar10" in text and "width 0.125 instead of 1.0" in text
+
+
+def test_what_a_row_is_expected_to_take_is_what_its_runs_took():
+    told = 0
+    for row in read_rows(CONFIGS / "table1"):
+        for scale, text in row.expected.items():
+            files = sorted((CONFIGS.parent / "results" / "table1" / scale / row.name).glob("*.json"))
+            runs = [json.loads(path.read_text()) for path in files]
+            took = [sum(epoch["seconds"] + epoch["evaluation_seconds"] for epoch in run["epochs"]) for run in runs]
+            assert text == f"{statistics.fmean(took) / 60:.1f} minutes a run on {runs[0]['hardware']}"
+            told += 1
+    assert told >= 28
