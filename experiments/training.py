@@ -301,7 +301,7 @@ class Training:
         step = (epoch + 1) * self.steps_per_epoch
         here = self._on_the_host()
         with on_the_host():
-            record |= network_record(here.params, self._layers())
+            record |= network_record(here.params, self._layers(here))
             rate = learning_rate(self.config.optimizer, self.steps_per_epoch, step, here.opt_state)
             full = full_layers(here.params, self.config.tdlrt.max_rank) if self.sums.pressing_steps else []
         record |= {
@@ -332,10 +332,9 @@ class Training:
         """The state in the host's memory."""
         return jax.device_get(self._here())
 
-    def _layers(self) -> list[Layer]:
-        here = self._on_the_host()
-        with on_the_host():
-            return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
+    def _layers(self, here: TrainState) -> list[Layer]:
+        """The layers of a state in the host's memory."""
+        return layers(here.params, self.kinds, self.pruning and self.pruning.masks(here.opt_state))
 
     # Checkpoints.
 
@@ -425,11 +424,12 @@ class Training:
         if not self.devices.leads:
             return Outcome(0, self.directory.path, None)
         images = {name: held_out.labels.shape[0] for name, held_out in self.held_out.items()}
+        here = self._on_the_host()
         with on_the_host():
-            spectra = singular_values(self._on_the_host().params)
+            spectra, summary = singular_values(here.params), self._layers(here)
         return self.ending.finished(
             self.history,
-            self._layers(),
+            summary,
             data={"data": self.loaded.source, "images": {"train": len(self.loaded.train.labels), **images}},
             spectra=spectra,
             status=self.status,

@@ -80,7 +80,7 @@ def map_batched(
             for position, index in enumerate(members):
                 results[index] = jax.tree.map(lambda leaf, position=position: leaf[position], out)
                 if pad:
-                    results[index] = jax.tree.map(_cut, results[index], _shapes(call, rows[index]))
+                    results[index] = jax.tree.map(_cut, results[index], jax.eval_shape(call, rows[index]))
     return results
 
 
@@ -122,10 +122,6 @@ def _stack(*leaves: Any) -> jax.Array:
         return jnp.asarray(leaf) if own == shape else jnp.pad(leaf, [(0, m - n) for m, n in zip(shape, own)])
 
     return jnp.stack([padded(leaf) for leaf in leaves])
-
-
-def _shapes(call: Callable[[tuple], Any], row: tuple) -> Any:
-    return jax.eval_shape(call, row)
 
 
 def _cut(leaf: jax.Array, like: Any) -> jax.Array:
