@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
@@ -24,7 +25,7 @@ from tdlrt_jax.nn import CPConv, MatrixConv, TuckerConv, TuckerLinear
 from tdlrt_jax.nn.summary import layer_kind, layers_with_kernels, module_path
 from tdlrt_jax.tucker import is_tucker
 
-__all__ = ["build_descent", "build_model", "build_optimizer", "is_pruned", "kinds_of", "learning_rate"]
+__all__ = ["after_epoch", "build_descent", "build_model", "build_optimizer", "is_pruned", "kinds_of", "learning_rate"]
 
 _MODELS = {"lenet5": models.LeNet5, "alexnet": models.AlexNet, "vgg16": models.VGG16, "resnet18": models.ResNet18}
 
@@ -142,9 +143,10 @@ def build_descent(optimizer: OptimizerConfig, steps_per_epoch: int) -> optax.Gra
     else:
         parts.append(optax.adamw(schedule, b1=optimizer.momentum, weight_decay=optimizer.weight_decay))
     if optimizer.schedule == "plateau":
-        # Accumulating over an epoch makes it the usual schedule, which looks at the loss of whole epochs.
-        plateau = contrib.reduce_on_plateau(factor=0.1, patience=optimizer.patience, accumulation_size=steps_per_epoch)
-        parts.append(plateau)
+        if optimizer.plateau_of == "validation":
+            parts.append(_held_plateau(optimizer))
+        else:  # accumulating over an epoch makes it the usual schedule, which looks at the loss of whole epochs
+            parts.append(_plateau(optimizer, steps_per_epoch))
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
@@ -184,13 +186,51 @@ def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:
     return optimizer.learning_rate
 
 
+def _plateau(optimizer: OptimizerConfig, losses: int = 1) -> optax.GradientTransformationExtraArgs:
+    """The schedule that looks at the mean of so many losses at a time."""
+    return contrib.reduce_on_plateau(factor=0.1, patience=optimizer.patience, accumulation_size=losses)
+
+
+def _held_plateau(optimizer: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The schedule without its look at a step's loss: :func:`after_epoch` shows it another one."""
+
+    def update(updates: Any, state: contrib.ReduceLROnPlateauState, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda update: state.scale.astype(update.dtype) * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(_plateau(optimizer).init, update)
+
+
+def after_epoch(
+    optimizer: OptimizerConfig, opt_state: Any, validation_loss: float, place: Callable[[Any], Any] = lambda node: node
+) -> Any:
+    """The optimizer's state after it was told of an epoch's validation loss; the same one if no schedule wants to know.
+
+    Args:
+      optimizer: the options.
+      opt_state: of :func:`build_descent` or :func:`build_optimizer`.
+      validation_loss: mean over the images held out.
+      place: puts what changed where the state is.
+    """
+    if optimizer.schedule != "plateau" or optimizer.plateau_of != "validation":
+        return opt_state
+
+    def look(node: Any) -> Any:
+        if not _is_plateau(node):
+            return node
+        value = jnp.asarray(validation_loss, node.best_value.dtype)
+        after = _plateau(optimizer).update({}, jax.device_get(node), value=value)[1]
+        return place(jax.tree.map(lambda new, old: new.astype(old.dtype), after, node))
+
+    return jax.tree.map(look, opt_state, is_leaf=_is_plateau)
+
+
+def _is_plateau(node: Any) -> bool:
+    return isinstance(node, contrib.ReduceLROnPlateauState)
+
+
 def learning_rate(optimizer: OptimizerConfig, steps_per_epoch: int, step: int, opt_state: Any) -> float:
     """The learning rate of step ``step`` of a training (a round of ``imp``), from 0 on."""
     schedule = _schedule(optimizer, steps_per_epoch)
     rate = float(schedule(step)) if callable(schedule) else schedule
-
-    def is_plateau(node: Any) -> bool:
-        return isinstance(node, contrib.ReduceLROnPlateauState)
-
-    plateaus = [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
+    plateaus = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(node)]
     return rate * float(plateaus[0].scale) if plateaus else rate

@@ -224,9 +224,12 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest global norm of the gradient."""
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    """cosine: down to zero over all epochs. plateau: a tenth whenever the training loss stops falling (the paper)."""
+    """cosine: down to zero over all epochs. plateau: a tenth whenever a loss stops falling (the paper), see --plateau-of."""
     patience: int = 5
-    """Epochs without a better training loss before plateau lowers the learning rate."""
+    """Epochs without a better loss before plateau lowers the learning rate."""
+    plateau_of: Literal["training", "validation"] = "training"
+    """The images whose loss plateau looks at. That of the training images may fall to the end, long after those held out
+    for --validation learn nothing more."""
     batch_size: int = 64
     """Images a step. What the last whole batch of an epoch leaves over is not used in that epoch."""
     epochs: int = 20
@@ -313,6 +316,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.device.coordinator is not None and self.run.run_dir is None:
             raise ValueError("--coordinator: name the directory of the run, which all processes see, with --run-dir")
+        if self.optimizer.plateau_of == "validation" and (
+            self.optimizer.schedule != "plateau" or not self.data.validation
+        ):
+            raise ValueError(
+                f"--plateau-of validation: expected --schedule plateau and a part of the training images for --validation, "
+                f"found --schedule {self.optimizer.schedule} --validation {self.data.validation}"
+            )
         if self.model.method == "imp" and self.pruning.rewind_epochs >= self.optimizer.epochs:
             raise ValueError(
                 f"--rewind-epochs {self.pruning.rewind_epochs}: expected fewer than the {self.optimizer.epochs} of --epochs"

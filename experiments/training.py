@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments import data
 from experiments.arrays import fit_arrays, full_layers, pressing_note
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
-from experiments.build import build_descent, build_model, build_optimizer, kinds_of, learning_rate
+from experiments.build import after_epoch, build_descent, build_model, build_optimizer, kinds_of, learning_rate
 from experiments.config import TrainConfig
 from experiments.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
 from experiments.display import Display
@@ -250,6 +250,9 @@ class Training:
             self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
         if writer is not None:
             writer.scalars(scalars(record), record["step"])
+        if (loss := record.get("validation_loss")) is not None:
+            after = after_epoch(self.config.optimizer, self.state.opt_state, loss, self._place)
+            self.state = self.state._replace(opt_state=after)
         if self.adaptive and self.config.tdlrt.resize:
             here = self._here() if jax.default_backend() == "cpu" else self._on_the_host()
             with on_the_host():
@@ -261,7 +264,7 @@ class Training:
                     compilation_steps=self.config.tdlrt.compilation_steps,
                 )
             if fitted is not here:
-                self.state = self.devices.replicate(onto_the_device(fitted))
+                self.state = self._place(fitted)
             self.status &= ~RANK_AT_CAPACITY
         self.epoch, self.sums = self.epoch + 1, Sums(skipped_in_a_row=self.sums.skipped_in_a_row)
         if self.pruning is not None and self.pruning.rounds:
@@ -323,6 +326,10 @@ class Training:
         if self.config.run.evaluate_every is not None:
             record["curve"] = self.sums.points
         return record
+
+    def _place(self, tree: Any) -> Any:
+        """Arrays of the host's on every device."""
+        return self.devices.replicate(onto_the_device(tree))
 
     def _here(self) -> TrainState:
         """The state as one device of this process has it, for the host's work."""

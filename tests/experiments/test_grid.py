@@ -364,7 +364,7 @@ def test_table1_has_all_rows_and_its_protocol():
             "momentum": 0.1,
             "schedule": "plateau",
         }
-        assert config["validation"] == 0.1 and config["limit"] is None
+        assert config["validation"] == 0.1 and config["plateau_of"] == "validation" and config["limit"] is None
 
 
 def test_scales_and_sets_change_options_and_nothing_else(capsys):
@@ -373,7 +373,9 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
     for one, other in zip(full, small):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
-        assert changed == {"width", "limit", "epochs"} | ({"rounds"} if one.options["method"] == "imp" else set())
+        assert changed == {"width", "limit", "epochs", "plateau_of"} | (
+            {"rounds"} if one.options["method"] == "imp" else set()
+        )
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
     digits = figure1.plan("smoke", 1, "digits")
     assert {run.options["model"] for run in digits} == {"alexnet", "resnet18"}

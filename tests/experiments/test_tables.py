@@ -204,4 +204,4 @@ def test_what_a_row_is_expected_to_take_is_what_its_runs_took():
             took = [sum(epoch["seconds"] + epoch["evaluation_seconds"] for epoch in run["epochs"]) for run in runs]
             assert text == f"{statistics.fmean(took) / 60:.1f} minutes a run on {runs[0]['hardware']}"
             told += 1
-    assert told >= 28
+    assert told >= 27
