@@ -263,9 +263,12 @@ class DeviceConfig:
     """How many there are. Default: as the cluster says."""
     process: int | None = None
     """Which of them this is, from 0 on. Default: as the cluster says."""
+    steps_at_once: int | None = None
+    """Steps that the host hands to the device at a time, which saves it the handing over of all arrays in between. A signal is
+    answered after them. Default: 1 on a CPU, 10 elsewhere."""
 
     def __post_init__(self) -> None:
-        for name, low in (("devices", 1), ("processes", 1), ("process", 0)):
+        for name, low in (("devices", 1), ("processes", 1), ("process", 0), ("steps_at_once", 1)):
             _at_least(self, name, low)
         if self.coordinator is None:
             for name in ("processes", "process"):
@@ -370,4 +373,5 @@ LOCATIONS = (
     "coordinator",
     "processes",
     "process",
+    "steps_at_once",
 )

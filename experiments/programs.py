@@ -1,7 +1,8 @@
 """The compiled programs of a job: one training step, and evaluation.
 
-A step makes its batch itself and is dispatched without waiting for the one before. That is done step by step and not by
-``lax.scan``, in whose body XLA's CPU convolutions are not the fast ones.
+A step makes its batch itself and is dispatched without waiting for the one before. On a CPU that is done step by step and not
+in a loop of the program's own, in whose body XLA's CPU convolutions are not the fast ones. On an accelerator, where handing a
+program hundreds of arrays takes the host as long as the step takes the device, one call takes several steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TrainState(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What the host wants to know of a step; scalars on the device."""
+    """What the host wants to know of a step; scalars on the device, or with an axis for the steps of one call."""
 
     loss: Array  # float32, mean over the batch
     correct: Array  # int32, of the batch
@@ -52,7 +53,7 @@ class StepReport(NamedTuple):
 
 
 class Programs:
-    """``train(state, data, order, epoch, step)`` and ``evaluate(state, data)``.
+    """``train(state, data, order, epoch, step)``, ``train_several(..., count=n)`` and ``evaluate(state, data)``.
 
     ``train`` compiles for every new set of array sizes, that is where capacities change, and keeps the last two programs and
     none of their traces: each takes megabytes of the host's memory, and sizes seldom come back.
@@ -62,6 +63,7 @@ class Programs:
       evaluate: as called.
       devices: that share every batch.
       between: a step to be taken in the place of ``step`` where ``train(..., whole=False)``; the same by default.
+      at_once: steps that one call may take; with more than one, ``step`` is compiled in a loop.
     """
 
     def __init__(
@@ -70,15 +72,19 @@ class Programs:
         evaluate: Callable[..., tuple[float, float]],
         devices: Devices = ONE_DEVICE,
         between: Callable[..., tuple[TrainState, StepReport]] | None = None,
+        at_once: int = 1,
     ):
-        self.evaluate = evaluate
+        self.evaluate, self.at_once = evaluate, at_once
         self.compilations = 0
         self.compile_seconds = 0.0
         self.memory: dict[str, int] = {}  # bytes of the last compiled step, a whole one if there is one, see memory_of
         # Said, since the partitioner might leave a part of the state where it was computed.
         steps = {True: step} if between is None else {True: step, False: between}
         self._steps = {
-            whole: jax.jit(step, donate_argnums=0, out_shardings=devices.same) for whole, step in steps.items()
+            whole: jax.jit(
+                step if at_once == 1 else _several(step, at_once), donate_argnums=0, out_shardings=devices.same
+            )
+            for whole, step in steps.items()
         }
         # By what is compiled and the sizes of arrays, the one used last at the end.
         self._compiled: dict[Any, Any] = {}
@@ -87,14 +93,34 @@ class Programs:
         self, state: TrainState, data: DeviceImages, order: Array, epoch: Integer, index: Integer, *, whole: bool = True
     ) -> tuple[TrainState, StepReport]:
         """One step; dispatched, not waited for."""
+        state, report = self.train_several(state, data, order, epoch, index, 1, whole=whole)
+        return state, jax.tree.map(lambda leaf: leaf[0], report) if self.at_once > 1 else report
+
+    def train_several(
+        self,
+        state: TrainState,
+        data: DeviceImages,
+        order: Array,
+        epoch: Integer,
+        index: Integer,
+        count: int,
+        *,
+        whole: bool = True,
+    ) -> tuple[TrainState, StepReport]:
+        """``count <= at_once`` steps of one kind; dispatched, not waited for.
+
+        Returns:
+          The state, and the report; if ``at_once`` is more than one, of so many steps, the first ``count`` of which were taken.
+        """
         whole = whole or False not in self._steps
         key = whole, tuple(leaf.shape for leaf in jax.tree.leaves((state, order)))
+        arguments = (state, data, order, epoch, index) + ((np.int32(count),) if self.at_once > 1 else ())
         if key not in self._compiled:
-            self._compile(key, state, data, order, epoch, index)
+            self._compile(key, *arguments)
         program = self._compiled[key] = self._compiled.pop(key)
         while len(self._compiled) > _KEPT * len(self._steps):
             del self._compiled[next(iter(self._compiled))]
-        return program(state, data, order, epoch, index)
+        return program(*arguments)
 
     def _compile(self, key: tuple[bool, Any], *arguments: Any) -> None:
         """Compiles the step that is asked for, and at the same time the other kind for the same arrays, which comes next."""
@@ -111,6 +137,24 @@ class Programs:
         self.compile_seconds += time.monotonic() - started
         if self.compilations > len(keys):
             forget_traces()
+
+
+def _several(step: Callable[..., tuple[TrainState, StepReport]], at_once: int) -> Callable[..., Any]:
+    """As many of the steps in a row as the last argument says, up to ``at_once``, in one program."""
+
+    def steps(
+        state: TrainState, data: DeviceImages, order: Array, epoch: Array, index: Array, count: Array
+    ) -> tuple[TrainState, StepReport]:
+        def one(number: Array, carried: tuple[TrainState, StepReport]) -> tuple[TrainState, StepReport]:
+            state, reports = carried
+            state, report = step(state, data, order, epoch, index + number)
+            return state, jax.tree.map(lambda all_, now: all_.at[number].set(now), reports, report)
+
+        shapes = jax.eval_shape(step, state, data, order, epoch, index)[1]
+        reports = jax.tree.map(lambda leaf: jnp.zeros((at_once, *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, count, one, (state, reports))
+
+    return steps
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
@@ -133,6 +177,7 @@ def build_programs(
     cores_between: bool = False,
     evaluation_batch: int = 500,
     devices: Devices = ONE_DEVICE,
+    at_once: int = 1,
 ) -> tuple[Programs, TrainState]:
     """The programs of a network, and its state at the start.
 
@@ -146,6 +191,7 @@ def build_programs(
       cores_between: whether there are steps of the cores alone, ``train(..., whole=False)``.
       evaluation_batch: images evaluated at a time.
       devices: that share every batch. The state comes on the default device, to be replicated by the caller.
+      at_once: steps that one call may take.
     """
     model.eval()
     still, _, _ = _split(model)
@@ -213,7 +259,8 @@ def build_programs(
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
     whole, between = step_of(cores_only=False) if adaptive else plain, step_of(cores_only=True)
-    programs = Programs(partial(step, whole), evaluate, devices, partial(step, between) if cores_between else None)
+    rare = partial(step, between) if cores_between else None
+    programs = Programs(partial(step, whole), evaluate, devices, rare, at_once)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,19 @@ from tdlrt_jax.status import RANK_AT_CAPACITY
 
 __all__ = ["Training"]
 
-# Steps that may be under way before the host looks at the first of them: enough that none waits for the host, few enough
+# Calls that may be under way before the host looks at the first of them: enough that none waits for the host, few enough
 # that a signal is answered soon.
 _AHEAD = 4
+_STEPS_AT_ONCE = 10  # of one call, where it is not the CPU that computes
 _KEEP = 2  # checkpoints
+
+
+class UnderWay(NamedTuple):
+    """A call of the compiled steps that was not waited for."""
+
+    steps: int  # that it takes
+    reports: StepReport  # of these
+    heard: Any  # a signal that any process had before it
 
 
 class Training:
@@ -86,6 +96,7 @@ class Training:
                 adaptive=self.adaptive,
                 cores_between=config.tdlrt.cores_between,
                 devices=devices,
+                at_once=config.device.steps_at_once or (1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE),
             )
         self.state = onto_the_device(self.state)
         if self.pruning is not None:
@@ -152,29 +163,30 @@ class Training:
             self.config.run.seed, self.epoch, len(self.loaded.train.labels), self.config.optimizer.batch_size
         )
         order = self.devices.replicate(order)
-        epoch, under_way = np.int32(self.epoch), collections.deque[tuple[StepReport, Any]]()
+        epoch, under_way = np.int32(self.epoch), collections.deque[UnderWay]()
         between = (self.config.run.evaluate_every, self.config.run.save_every)
         mark = self._mark()
         try:
-            while (step := self.sums.steps + len(under_way)) < self.steps_per_epoch:
+            while (step := self.sums.steps + sum(call.steps for call in under_way)) < self.steps_per_epoch:
                 heard = self._heard()
                 if self.stop is not None:
                     break
-                whole = (self.epoch * self.steps_per_epoch + step) % self.config.tdlrt.adapt_every == 0
-                self.state, report = self.programs.train(
-                    self.state, self.train, order, epoch, np.int32(step), whole=whole
+                whole, count = self._next(step)
+                self.state, report = self.programs.train_several(
+                    self.state, self.train, order, epoch, np.int32(step), count, whole=whole
                 )
-                under_way.append((report, heard))
-                if len(under_way) > _AHEAD:
+                under_way.append(UnderWay(count, report, heard))
+                if len(under_way) > (_AHEAD if self.programs.at_once == 1 else 1):
                     self._read(under_way, display)
-                done = self.epoch * self.steps_per_epoch + step + 1
+                step += count
+                done = self.epoch * self.steps_per_epoch + step
                 evaluate, save = (every is not None and done % every == 0 for every in between)
-                while under_way and (evaluate or save or step + 1 == self.steps_per_epoch):
+                while under_way and (evaluate or save or step == self.steps_per_epoch):
                     self._read(under_way, display)
-                if self.sums.steps == step + 1:  # else steps are to be taken again
+                if self.sums.steps == step:  # else steps are to be taken again
                     if evaluate:
                         self._evaluate_between()
-                    if save and step + 1 < self.steps_per_epoch:
+                    if save and step < self.steps_per_epoch:
                         self._count_since(mark)
                         self._save()
                         mark = self._mark()
@@ -183,6 +195,17 @@ class Training:
         finally:
             self._count_since(mark)
         return self.sums.steps == self.steps_per_epoch
+
+    def _next(self, step: int) -> tuple[bool, int]:
+        """Of what kind an epoch's next step is, whole or of the cores alone, and how many of that kind one call takes."""
+        every, start = self.config.tdlrt.adapt_every, self.epoch * self.steps_per_epoch
+        whole = (start + step) % every == 0
+        count = min(self.programs.at_once, self.steps_per_epoch - step)
+        if self.config.tdlrt.cores_between and every > 1:
+            count = 1 if whole else min(count, every - (start + step) % every)
+        for stop in (self.config.run.evaluate_every, self.config.run.save_every):
+            count = count if stop is None else min(count, stop - (start + step) % stop)
+        return whole, count
 
     def _mark(self) -> tuple[float, int, float]:
         return time.monotonic(), self.programs.compilations, self.programs.compile_seconds
@@ -205,28 +228,29 @@ class Training:
         if self.stop is None and int(number):
             self.stop = signal.Signals(int(number))
 
-    def _read(self, under_way: collections.deque[tuple[StepReport, Any]], display: Display) -> None:
-        """Waits for a step and adds its numbers up, or leaves it out."""
-        report, heard = under_way.popleft()
-        loss, hits, finite, status = jax.device_get(report)
-        self._hear(heard)
-        if not finite:
-            self._leave_out(under_way, float(loss), int(status))
-            return
-        self.sums.steps += 1
-        self.sums.skipped_in_a_row = 0
-        self.sums.loss += float(loss)
-        self.sums.correct += int(hits)
-        display.step(self.epoch + 1, self._global_step(), float(loss))
-        self.sums.pressing_steps += bool(status & RANK_AT_CAPACITY)
-        self.status |= int(status)
+    def _read(self, under_way: collections.deque[UnderWay], display: Display) -> None:
+        """Waits for the steps of a call and adds their numbers up, or leaves one out."""
+        call = under_way.popleft()
+        reports = jax.tree.map(np.atleast_1d, jax.device_get(call.reports))
+        self._hear(call.heard)
+        for report in itertools.islice(map(StepReport._make, zip(*reports)), call.steps):
+            if not report.finite:
+                self._leave_out(under_way, float(report.loss), int(report.status))
+                return
+            self.sums.steps += 1
+            self.sums.skipped_in_a_row = 0
+            self.sums.loss += float(report.loss)
+            self.sums.correct += int(report.correct)
+            display.step(self.epoch + 1, self._global_step(), float(report.loss))
+            self.sums.pressing_steps += bool(report.status & RANK_AT_CAPACITY)
+            self.status |= int(report.status)
 
-    def _leave_out(self, under_way: collections.deque[tuple[StepReport, Any]], loss: float, status: int) -> None:
+    def _leave_out(self, under_way: collections.deque[UnderWay], loss: float, status: int) -> None:
         """Goes on after a step that changed nothing, if it may; those under way changed nothing either, and are taken again."""
         if self.sums.skipped_in_a_row >= self.config.optimizer.skip_nonfinite:
             raise NotFiniteError(self.epoch + 1, self.sums.steps + 1, loss, status)
         while under_way:
-            self._hear(under_way.popleft()[1])
+            self._hear(under_way.popleft().heard)
         self.state = self.state._replace(healthy=self.devices.replicate(jnp.bool_(True)))
         self.sums.steps += 1
         self.sums.skipped += 1

@@ -426,6 +426,29 @@ def test_plateau_looks_at_whole_epochs():
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dense", "tdlrt", "cores between"])
+def test_several_steps_of_one_call_are_the_same_steps(tmp_path, method):
+    """Up to rounding; calls end where a run evaluates, saves, or moves bases, and a run may go on with other calls."""
+    options = [*TUCKER, "--method", "dense"] if method == "dense" else [*TUCKER, "--no-resize"]
+    options += ["--evaluate-every", "4", "--save-every", "5"]
+    if method == "cores between":
+        options += ["--adapt-every", "3", "--cores-between"]
+    for name, at_once in (("one", 1), ("four", 4)):
+        assert run(*options, "--steps-at-once", at_once, "--run-dir", tmp_path / name) == 0
+    one, four = lines(tmp_path / "one"), lines(tmp_path / "four")
+    for record, other in zip(one, four, strict=True):
+        assert [point["step"] for point in record["curve"]] == [point["step"] for point in other["curve"]]
+        assert record.get("ranks") == other.get("ranks")
+        for name in ("train_loss", "test_loss", "validation_loss"):  # rounding grows from 1e-7 to 1e-4 in twelve steps
+            np.testing.assert_allclose(record[name], other[name], rtol=1e-3)
+    np.testing.assert_allclose(*(run[0]["curve"][0]["test_loss"] for run in (one, four)), rtol=1e-4)
+    assert [record["step"] for record in four] == [6, 12]
+    # The checkpoints in an epoch's midst were made by both after the same steps.
+    assert {path.name for path in (tmp_path / "one" / "checkpoints").iterdir()} == {
+        path.name for path in (tmp_path / "four" / "checkpoints").iterdir()
+    }
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_plateau_of_the_validation_loss(adaptive):
     """Losses of steps say nothing, those shown after an epoch do; nothing else of the state moves."""

@@ -40,11 +40,12 @@ def records(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["tdlrt", "dense"])
-def test_the_run_goes_on_without_them(tmp_path, bad_steps, method):
+@pytest.mark.parametrize(("method", "at_once"), [("tdlrt", 1), ("dense", 1), ("dense", 2), ("dense", 3)])
+def test_the_run_goes_on_without_them(tmp_path, bad_steps, method, at_once):
     bad_steps += [(0, 1), (0, 2), (1, 0), (2, 2)]  # three in a row, over the end of an epoch, and the very last
     directory = tmp_path / "run"
-    assert run("--method", method, "--skip-nonfinite", 3, "--evaluate-every", 3, "--run-dir", directory) == 0
+    options = ["--method", method, "--steps-at-once", at_once, "--skip-nonfinite", 3, "--evaluate-every", 3]
+    assert run(*options, "--run-dir", directory) == 0
     found = records(directory)
     assert [record["skipped_steps"] for record in found] == [2, 1, 1]
     assert all(np.isfinite(record["train_loss"]) and 0 < record["train_accuracy"] < 1 for record in found)
