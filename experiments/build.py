@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 from optax import contrib
 
 import tdlrt_jax
@@ -22,6 +23,7 @@ from tdlrt_jax.baselines import balance
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.initialization import Rank
 from tdlrt_jax.nn import CPConv, MatrixConv, TuckerConv, TuckerLinear
+from tdlrt_jax.nn.layers import default_kernel_init
 from tdlrt_jax.nn.summary import layer_kind, layers_with_kernels, module_path
 from tdlrt_jax.tucker import is_tucker
 
@@ -68,15 +70,23 @@ def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
 
 def _convolution(config: ModelConfig) -> Any:
     """The layer that convolutions are, called as ``nnx.Conv`` is."""
+    draw = functools.partial(_draw, config.gain)
     if config.parts.layer == "tucker":
-        return functools.partial(_tucker_conv, config)
+        return functools.partial(_tucker_conv, config, kernel_init=draw)
     if config.parts.layer == "matrix":
-        return functools.partial(MatrixConv, rank=config.rank, initialization=config.initialization)
+        return functools.partial(MatrixConv, rank=config.rank, initialization=config.initialization, kernel_init=draw)
     if config.parts.layer == "cp":
         names = {"dense": "normal", "hosvd": "als", "spectral": "spectral"}
-        return functools.partial(CPConv, rank=config.rank, initialization=names[config.initialization])
+        return functools.partial(
+            CPConv, rank=config.rank, initialization=names[config.initialization], kernel_init=draw
+        )
     # The same fast convolution for small images that Tucker layers have: a dense network is to be a fair match.
-    return functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+    return functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated, kernel_init=draw)
+
+
+def _draw(gain: float, key: Array, shape: Sequence[int], dtype: Any, **sharding: Any) -> Array:
+    """Kernels of the usual variance times ``gain`` squared."""
+    return gain * default_kernel_init(key, shape, dtype, **sharding)
 
 
 def rank_of_compression(config: ModelConfig, dataset: Dataset) -> float:

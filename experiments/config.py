@@ -103,13 +103,17 @@ class ModelConfig:
     """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
     initialization: Literal["dense", "hosvd", "spectral"] = "dense"
     """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
+    gain: float = 1.0
+    """Factor of the initial convolutions. Where normalizations follow them it changes no output, but how far a step goes:
+    halving the kernels is as good as four times the learning rate."""
     balanced: bool = False
     """Of tucker: core and factors start with even shares of the singular values, as cp does, instead of orthonormal factors."""
 
     def __post_init__(self) -> None:
         _is_one_of(self)
         _at_least(self, "rank", 0.0, strict=True)
-        _at_least(self, "width", 0.0, strict=True)
+        for name in ("width", "gain"):
+            _at_least(self, name, 0.0, strict=True)
         if self.model == "lenet5" and self.width != 1:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:

@@ -9,17 +9,17 @@ the budget as one tolerance would have them do, and none has to be found by tria
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tdlrt_jax.arguments import check_integer, check_number
-from tdlrt_jax.batching import map_batched
-from tdlrt_jax.ranks import RankPolicy, choose_rank, max_capacity, per_mode, thresholds
+from tdlrt_jax.ranks import RankPolicy, divisors, last_above, max_capacity, per_mode, tails
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,
@@ -177,14 +177,7 @@ def fit_ranks(
       int32 ``(d,)`` a kernel, ranks not to exceed (above the capacity where that is what holds a rank down), and the tolerance.
     """
 
-    def ranks(tau: Array) -> list[tuple[Array, Array]]:
-        def of_kernel(plan: Plan, energies: tuple[Array, ...], exists: tuple[ModeArray, ...]) -> tuple[Array, Array]:
-            return _ranks(plan, energies, exists, tau)
-
-        return map_batched(of_kernel, energies, exists, static=plans)
-
-    def stored(ranks: list[tuple[Array, Array]]) -> Array:
-        return _add([_count(plan, kept) for plan, (kept, _) in zip(plans, ranks, strict=True)])
+    modes = _side_by_side(energies, exists, plans)
 
     def choose(fits: Array, these: Any, others: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(fits, a, b), these, others)
@@ -192,51 +185,112 @@ def fit_ranks(
     def halve(_: int, bracket: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         low, high, best = bracket
         middle = (low + high) / 2
-        candidate = ranks(jnp.exp(middle))
-        fits = stored(candidate) <= limit
+        candidate = _ranks(modes, jnp.exp(middle))
+        fits = _stored(modes, candidate[0]) <= limit
         # The ranks are carried and not found again from the tolerance, which in the end is a rounding away from a jump.
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high), choose(fits, candidate, best)
 
     low, high = jnp.float32(math.log(_SMALLEST)), jnp.float32(math.log(_LARGEST))
-    _, high, best = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high, ranks(jnp.exp(high))))
-    everything = ranks(jnp.float32(0))
-    fits = stored(everything) <= limit
-    return [ceiling for _, ceiling in choose(fits, everything, best)], jnp.where(fits, 0, jnp.exp(high))
+    _, high, best = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high, _ranks(modes, jnp.exp(high))))
+    everything = _ranks(modes, jnp.float32(0))
+    fits = _stored(modes, everything[0]) <= limit
+    ceilings = choose(fits, everything, best)[1]
+    return [ceilings[row, : len(plan.shape)] for row, plan in enumerate(plans)], jnp.where(fits, 0, jnp.exp(high))
 
 
-def _ranks(plan: Plan, energies: tuple[Array, ...], exists: tuple[ModeArray, ...], tau: Array) -> tuple[Array, Array]:
-    """The ranks at a tolerance, float32 ``(d,)``, within the capacity; and int32, what they would be without it."""
-    order, policy = len(plan.shape), plan.policy
-    tau = tau if plan.tolerance is None else jnp.float32(plan.tolerance)
-    lows, highs = per_mode(policy.min_rank, order, "min_rank"), per_mode(policy.max_rank, order, "max_rank")
-    limits = thresholds(tau, jnp.ones((), jnp.float32), plan.whole, policy)
-    useful = max_capacity(plan.shape, [n if high is None else min(n, high) for n, high in zip(plan.shape, highs)])
-    free, kept = [], []
-    for mode in range(order):
-        if plan.whole[mode]:
-            free.append(jnp.int32(plan.shape[mode]))
-            kept.append(free[-1])
-            continue
-        wanted = choose_rank(energies[mode], limits[mode], policy)
-        most = jnp.minimum(jnp.asarray(exists[mode], jnp.int32), useful[mode])
-        free.append(jnp.clip(wanted, jnp.minimum(lows[mode], most), most))
-        kept.append(jnp.minimum(free[-1], plan.capacity[mode]))
-    bounded = _consistent(jnp.stack(kept).astype(jnp.float32), plan)
-    unbounded = _consistent(jnp.stack(free).astype(jnp.float32), plan)
-    at_capacity = (bounded == jnp.array(plan.capacity)) & (unbounded > bounded)
+class _Modes(NamedTuple):
+    """The modes of all kernels side by side, ``(kernels, modes)``: what a search looks at again and again.
+
+    A mode that a kernel of lower order does not have is a whole one of size 1, which stores nothing.
+    """
+
+    whole: np.ndarray
+    size: np.ndarray  # rows of the factor, 0 where there is none
+    capacity: np.ndarray
+    spare: np.ndarray
+    fixed: np.ndarray  # a tolerance that the search leaves alone, -1 where there is none
+    divisor: np.ndarray  # of the tolerance
+    rounding: np.ndarray  # of the singular values' precision
+    curve: Array  # (kernels, modes, directions): what must not be above the threshold squared; 0 where there is no direction
+    known: Array  # int32, directions that are more than rounding
+    least: Array  # int32, the bounds; of a whole mode both are its size
+    most: Array  # int32
+
+
+def _side_by_side(
+    energies: Sequence[tuple[Array, ...]], exists: Sequence[tuple[ModeArray, ...]], plans: Sequence[Plan]
+) -> _Modes:
+    """The modes of the kernels, a kernel a row."""
+    orders = [len(plan.shape) for plan in plans]
+    length = max(mode.shape[0] for modes in energies for mode in modes)
+
+    def table(of_kernel: Callable[[Plan], Sequence[Any] | Any], missing: Any) -> np.ndarray:
+        """One entry a mode, or the same for all of a kernel."""
+        rows = [np.broadcast_to(of_kernel(plan), order).tolist() for plan, order in zip(plans, orders)]
+        return np.array([row + [missing] * (max(orders) - len(row)) for row in rows])
+
+    def useful(plan: Plan) -> Sequence[int]:
+        bounds = per_mode(plan.policy.max_rank, len(plan.shape), "max_rank")
+        return max_capacity(plan.shape, [n if bound is None else min(n, bound) for n, bound in zip(plan.shape, bounds)])
+
+    def stack(of_modes: Sequence[Sequence[Any]], missing: Any, kind: Any) -> Array:
+        flat = [entry for row in of_modes for entry in [*row, *[missing] * (max(orders) - len(row))]]
+        stacked = jnp.stack([jnp.asarray(entry, kind) for entry in flat])
+        return stacked.reshape(len(plans), max(orders), *stacked.shape[1:])
+
+    # All padded with zeros, so that their tails are those of the kernels alone.
+    kind = jnp.result_type(*(mode for modes in energies for mode in modes))
+    padded = [[jnp.pad(mode, (0, length - mode.shape[0])) for mode in modes] for modes in energies]
+    values = stack(padded, jnp.zeros(length, kind), kind)
+    each = table(lambda plan: plan.policy.criterion == "each", True)
+    rounding = np.array([[float(jnp.finfo(modes[0].dtype).eps)] for modes in energies])
+    whole = table(lambda plan: plan.whole, True)
+    size = table(lambda plan: plan.shape, 1)
+    there = stack([[n if v is None else v for n, v in zip(p.shape, e)] for p, e in zip(plans, exists)], 1, jnp.int32)
+    most = jnp.where(whole, size, jnp.minimum(there, table(useful, 1)))
+    lows = table(lambda plan: per_mode(plan.policy.min_rank, len(plan.shape), "min_rank"), 1)
+    curve = jnp.where(each[..., None], values, tails(values))
+    return _Modes(
+        whole=whole,
+        size=np.where(whole, 0, size),
+        capacity=table(lambda plan: plan.capacity, 1),
+        spare=table(lambda plan: plan.policy.spare, 0),
+        fixed=table(lambda plan: -1.0 if plan.tolerance is None else plan.tolerance, -1.0),
+        divisor=table(lambda plan: divisors(plan.whole, plan.policy), 1.0),
+        rounding=rounding,
+        curve=curve,
+        known=last_above(values, ((4 * rounding) ** 2).astype(kind)[..., None]),
+        least=jnp.where(whole, size, jnp.minimum(lows, most)),
+        most=most,
+    )
+
+
+def _ranks(modes: _Modes, tau: Array) -> tuple[Array, Array]:
+    """The ranks at a tolerance, float32 within the capacity; and int32, what they would be without it; ``(kernels, modes)``."""
+    threshold = jnp.where(modes.fixed < 0, tau, modes.fixed.astype(np.float32)) / modes.divisor.astype(np.float32)
+    limit = threshold**2 * (1 - 100 * modes.rounding).astype(modes.curve.dtype)
+    wanted = jnp.minimum(last_above(modes.curve, limit[..., None]) + modes.spare, modes.known)
+    free = jnp.clip(wanted, modes.least, modes.most).astype(jnp.float32)
+    bounded = _consistent(jnp.where(modes.whole, free, jnp.minimum(free, modes.capacity)), modes.whole)
+    unbounded = _consistent(free, modes.whole)
+    at_capacity = (bounded == modes.capacity) & (unbounded > bounded)
     return bounded, jnp.where(at_capacity, unbounded, bounded).astype(jnp.int32)
 
 
-def _consistent(ranks: Array, plan: Plan) -> Array:
+def _consistent(ranks: Array, whole: np.ndarray) -> Array:
     """Lowers ranks to ``r_i <= prod_{j != i} r_j``; whole modes stay."""
-    whole = jnp.array(plan.whole)
-    for _ in plan.shape:
-        ranks = jnp.where(whole, ranks, jnp.minimum(ranks, jnp.round(jnp.prod(ranks) / ranks)))
+    for _ in range(ranks.shape[-1]):
+        ranks = jnp.where(whole, ranks, jnp.minimum(ranks, jnp.round(jnp.prod(ranks, -1, keepdims=True) / ranks)))
     return ranks
 
 
+def _stored(modes: _Modes, ranks: Array) -> Array:
+    """Numbers that all kernels store at float32 ranks; each exact up to 2^24."""
+    return jnp.sum(jnp.prod(ranks, -1) + jnp.sum(modes.size.astype(np.float32) * ranks, -1))
+
+
 def _count(plan: Plan, ranks: Array) -> Array:
-    """:func:`parameter_count` of float32 ranks; exact up to 2^24 a kernel."""
+    """:func:`parameter_count` of float32 ranks; exact up to 2^24."""
     sizes = jnp.array([0 if w else n for n, w in zip(plan.shape, plan.whole)], jnp.float32)
     return jnp.prod(ranks) + jnp.sum(sizes * ranks)
 

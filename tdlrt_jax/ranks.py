@@ -19,6 +19,8 @@ __all__ = [
     "check_ranks",
     "check_tolerance",
     "choose_rank",
+    "divisors",
+    "last_above",
     "max_capacity",
     "per_mode",
     "tails",
@@ -151,15 +153,18 @@ def max_capacity(shape: Sequence[int], rank: Sequence[int] | None = None) -> tup
 
 
 def thresholds(tolerance: Array, norm: Array, whole: Sequence[bool], policy: RankPolicy) -> list[Array]:
-    """The threshold of each mode, relative to ``||C||``; a matrix spends everything on its first mode."""
+    """The threshold of each mode, relative to ``||C||``."""
     if policy.convention == "absolute":
         tolerance = tolerance / norm
-    compressed = [mode for mode, is_whole in enumerate(whole) if not is_whole]
-    if len(whole) == 2 and len(compressed) == 2:
-        return [tolerance, jnp.zeros_like(tolerance)]
-    if policy.convention != "per_mode":
-        tolerance = tolerance / math.sqrt(max(len(compressed), 1))
-    return [tolerance] * len(whole)
+    return [tolerance / divisor for divisor in divisors(whole, policy)]
+
+
+def divisors(whole: Sequence[bool], policy: RankPolicy) -> list[float]:
+    """By what the tolerance is divided in each mode; a matrix spends everything on its first one."""
+    compressed = len(whole) - sum(whole)
+    if len(whole) == compressed == 2:
+        return [1.0, math.inf]
+    return [1.0 if policy.convention == "per_mode" else math.sqrt(max(compressed, 1))] * len(whole)
 
 
 def choose_rank(energies: Array, threshold: Array, policy: RankPolicy, lost: ArrayLike = 0) -> Array:
@@ -172,15 +177,16 @@ def choose_rank(energies: Array, threshold: Array, policy: RankPolicy, lost: Arr
     eps = jnp.finfo(energies.dtype).eps
     limit = threshold**2 * (1 - 100 * eps)
     kept = energies if policy.criterion == "each" else tails(energies) + lost
-    return jnp.minimum(_last_above(kept, limit) + policy.spare, _last_above(energies, (4 * eps) ** 2))
+    return jnp.minimum(last_above(kept, limit) + policy.spare, last_above(energies, (4 * eps) ** 2))
 
 
 def tails(values: Array) -> Array:
-    """``sum_{j >= r} values_j`` for all ``r``, ``(m,)``. A masked sum, which compiles in a fraction of ``cumsum``'s time."""
-    index = jnp.arange(values.shape[0])
-    return jnp.sum(jnp.where(index >= index[:, None], values, 0), axis=1)
+    """``sum_{j >= r} values_j`` for all ``r`` of the last axis. A masked sum, which compiles faster than ``cumsum``."""
+    index = jnp.arange(values.shape[-1])
+    return jnp.sum(jnp.where(index >= index[:, None], values[..., None, :], 0), axis=-1)
 
 
-def _last_above(values: Array, limit: ArrayLike) -> Array:
-    """One more than the last index at which ``values > limit``, 0 if there is none."""
-    return jnp.max(jnp.where(values > limit, jnp.arange(1, values.shape[0] + 1), 0)).astype(jnp.int32)
+def last_above(values: Array, limit: ArrayLike) -> Array:
+    """One more than the last index of the last axis at which ``values > limit``, 0 if there is none; int32."""
+    index = jnp.arange(1, values.shape[-1] + 1)
+    return jnp.max(jnp.where(values > limit, index, 0), axis=-1).astype(jnp.int32)

@@ -1,6 +1,7 @@
 """Budgets: the ranks of one common tolerance, the schedule, what is counted, and the errors."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import tdlrt_jax
 from tdlrt_jax import Budget, active_rank, kernel_paths, kernel_shape, parameter_count, tdlrt, to_dense
 from tdlrt_jax.budget import allowed, fit_ranks, initial_state, mode_energies, plan_budget
-from tdlrt_jax.ranks import RankPolicy
+from tdlrt_jax.ranks import RankPolicy, choose_rank, per_mode, thresholds
 from tdlrt_jax.truncation import hosvd
 from tests.helpers import random_kernel
 
@@ -129,6 +130,57 @@ def test_a_ceiling_above_the_capacity_says_so(rng):
     energies = [mode_energies(kernel.core) for kernel in kernels]
     ranks, _ = fit_ranks(energies, [existing(k) for k in kernels], plans, jnp.float32(1e9))
     assert np.asarray(ranks[1]).tolist() == [20, 20]
+
+
+POLICIES = [
+    RankPolicy(criterion="each", spare=2),
+    RankPolicy(convention="per_mode", max_rank=7),
+    RankPolicy(convention="absolute", min_rank=2, spare=1),
+    RankPolicy(min_rank=(1, 1, 4, 4), max_rank=(2, 3, 8, 8)),
+]
+
+
+@pytest.mark.parametrize("limit", [1000, 1500, 3000, 1e9])
+def test_kernels_side_by_side_have_the_ranks_that_each_has_alone(rng, limit):
+    """Of any order, with whole modes, policies, capacities and tolerances of their own."""
+    shapes = [((3, 3, 12, 16), (None, 3, 9, 10)), *SHAPES[1:], ((3, 3, 12, 16), (3, 3, 9, 10))]
+    kernels = [decaying(rng, shape, rank, rate) for (shape, rank), rate in zip(shapes, (0.8, 0.9, 0.7, 0.6))]
+    plans = [plan_budget(kernel, policy) for kernel, policy in zip(kernels, POLICIES)]
+    plans[0] = plans[0]._replace(capacity=(3, 3, 5, 6))
+    plans[2] = plans[2]._replace(tolerance=0.05)
+    energies = [mode_energies(kernel.core) for kernel in kernels]
+    exists = [existing(kernel) for kernel in kernels]
+    ranks, tau = fit_ranks(energies, exists, plans, jnp.float32(limit))
+    bounded = []
+    for plan, modes, there, ceiling in zip(plans, energies, exists, ranks):
+        within, free = ranks_alone(plan, modes, there, tau)
+        bounded.append(within)
+        expected = [f if w == c and f > w else w for w, f, c in zip(within, free, plan.capacity)]
+        assert np.asarray(ceiling).tolist() == expected
+    assert sum(count(plan, rank) for plan, rank in zip(plans, bounded)) <= limit
+
+
+def ranks_alone(plan, energies, exists, tau):
+    """A kernel's ranks at a tolerance, within its capacity and without one; mode by mode."""
+    limits = thresholds(tau if plan.tolerance is None else jnp.float32(plan.tolerance), 1.0, plan.whole, plan.policy)
+    lows, highs = (per_mode(bound, len(plan.shape), "") for bound in (plan.policy.min_rank, plan.policy.max_rank))
+    free = []
+    for mode, n in enumerate(plan.shape):
+        if plan.whole[mode]:
+            free.append(n)
+            continue
+        most = min(int(exists[mode]), n if highs[mode] is None else highs[mode])
+        wanted = int(choose_rank(energies[mode], limits[mode], plan.policy))
+        free.append(min(max(wanted, min(lows[mode], most)), most))
+    within = [f if whole else min(f, c) for f, c, whole in zip(free, plan.capacity, plan.whole)]
+    return possible(within, plan), possible(free, plan)
+
+
+def possible(ranks, plan):
+    """Lowered to ``r_i <= prod_{j != i} r_j``."""
+    for _ in ranks:
+        ranks = [r if whole else min(r, math.prod(ranks) // r) for r, whole in zip(ranks, plan.whole)]
+    return ranks
 
 
 def test_the_schedule_falls_from_the_start_to_the_target_and_stays(rng):

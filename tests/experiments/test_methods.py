@@ -14,6 +14,8 @@ from experiments.config import ModelConfig, PruningConfig, TrainConfig, from_jso
 from experiments.display import Display
 from experiments.methods import METHODS
 from experiments.metrics import layers, totals
+from tdlrt_jax.baselines import CPTensor, cp_to_dense
+from tdlrt_jax.tucker import is_tucker, to_dense
 from tests.experiments.test_job import interrupt_after, lines, numbers, saved_arrays
 
 TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2", "--no-linear", "--learning-rate", "0.05"]
@@ -169,6 +171,28 @@ def test_balanced_kernels_are_the_same_network_whose_factors_are_not_orthonormal
     sizes = [np.linalg.norm(model.conv2.kernel.get_value().factors[3], axis=0) for model in (plain, balanced)]
     np.testing.assert_allclose(sizes[0], 1, rtol=1e-5)
     np.testing.assert_allclose(sizes[1][1:9] / sizes[1][:8], 10**-0.2, rtol=1e-3)  # a fifth of every decade
+
+
+@pytest.mark.parametrize(
+    ("method", "initialization"),
+    [("dense", "dense"), ("tdlrt", "dense"), ("tdlrt", "hosvd"), ("matrix", "dense"), ("cp", "dense"), ("cp", "hosvd")],
+)
+def test_a_gain_scales_the_initial_convolutions_alone(digits, method, initialization):
+    usual, small = (
+        build_model(ModelConfig(method=method, rank=0.5, initialization=initialization, gain=gain), digits, 0)
+        for gain in (1.0, 0.25)
+    )
+    for one, other in ((usual.conv1, small.conv1), (usual.conv2, small.conv2)):
+        kernels = [whole(layer.kernel.get_value()) for layer in (one, other)]
+        np.testing.assert_allclose(0.25 * kernels[0], kernels[1], rtol=2e-3, atol=1e-6)
+    np.testing.assert_array_equal(usual.classifier.kernel.get_value(), small.classifier.kernel.get_value())
+
+
+def whole(kernel):
+    """A kernel of any format as one array."""
+    if isinstance(kernel, CPTensor):
+        return cp_to_dense(kernel)
+    return to_dense(kernel) if is_tucker(kernel) else kernel
 
 
 def test_rewinding_is_to_an_epoch_of_the_first_round():
