@@ -32,6 +32,8 @@ JAX_METHODS = {
     "parallel": "TDLRT, one gradient a step",
     "fixed_rank": "TDLRT, Algorithm 1 not adaptive (two passes)",
     "amortized": f"TDLRT, Algorithm 1 every {AMORTIZED} steps, between them steps of the cores alone (cores_only)",
+    "amortized_at_once": f"the same, the {AMORTIZED - 1} steps between two adaptations handed to the device at once",
+    "dense_at_once": f"dense, {AMORTIZED} steps handed to the device at once",
     "cores_only": "TDLRT, the steps between two adaptations by themselves",
     "amortized_in_one": f"TDLRT, Algorithm 1 every {AMORTIZED} steps in one program (adapt_every)",
     "bug_second_pass": "TDLRT, Algorithm 1 with a second pass",
@@ -55,28 +57,36 @@ class TrainingStep:
 
     def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
         ordinary = method in ("factorized", "paper")
-        kind = method if method.startswith("dense") else "tucker_ordinary" if ordinary else "tucker"
+        usual = {"amortized": "bug", "amortized_at_once": "bug", "dense_at_once": "dense"}.get(method, method)
+        kind = usual if method.startswith("dense") else "tucker_ordinary" if ordinary else "tucker"
         with on_the_host():
             parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
             graphdef, params, model_state = parts[0], nnx.as_pure(parts[1]), nnx.as_pure(parts[2])
             loss_fn, inner = loss_of(graphdef), optax.sgd(learning_rate, momentum=momentum)
-            function, init = step_of("bug" if method == "amortized" else method, loss_fn, inner)
+            function, init = step_of(usual, loss_fn, inner)
             opt_state = jax.jit(init)(params)
             # Every leaf its own buffer: the step donates its state.
             state = jax.tree.map(jnp.copy, (params, opt_state, model_state))
         self.state = onto_the_device(state)
         self.batch = images(network)
         self.seconds_to = {"trace": 0.0, "compile": 0.0}
-        self.compiled = self._compile(function)  # the largest of the programs
-        self.period = [self.compiled]  # what is run, one after the other
-        if method == "amortized":
-            self.period += [self._compile(step_of("cores_only", loss_fn, inner)[0])] * (AMORTIZED - 1)
+        # What is run, one after the other, and how many steps each takes; the largest of the programs is the first one.
+        self.period = [(self._compile(function, AMORTIZED if method == "dense_at_once" else 1))]
+        self.steps = AMORTIZED if method == "dense_at_once" or method.startswith("amortized") else 1
+        if method.startswith("amortized") and method != "amortized_in_one":
+            between = step_of("cores_only", loss_fn, inner)[0]
+            if method == "amortized":
+                self.period += [self._compile(between)] * (AMORTIZED - 1)
+            else:
+                self.period.append(self._compile(between, AMORTIZED - 1))
         elif method == "amortized_in_one":
             self.period *= AMORTIZED
+        self.compiled = self.period[0]
         self.loss: Array | None = None
 
-    def _compile(self, function: Callable[..., Any]) -> Any:
+    def _compile(self, function: Callable[..., Any], steps: int = 1) -> Any:
         started = time.perf_counter()
+        function = function if steps == 1 else at_once(function, steps)
         lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
         traced = time.perf_counter()
         compiled = lowered.compile()
@@ -91,7 +101,7 @@ class TrainingStep:
             *state, self.loss = program(*self.state, *self.batch)
             self.state = tuple(state)
         jax.block_until_ready((self.state, self.loss))
-        return (time.perf_counter() - started) / len(self.period)
+        return (time.perf_counter() - started) / self.steps
 
     def facts(self) -> dict[str, Any]:
         """All but the times of steps: compilation, memory, counted work."""
@@ -109,6 +119,19 @@ class TrainingStep:
             "ranks": {name: [int(r) for r in tdlrt_jax.active_rank(kernel)] for name, kernel in kernels.items()},
             "loss": None if self.loss is None else float(self.loss),
         }
+
+
+def at_once(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """So many steps on one batch, in one program."""
+
+    def several(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
+        def one(_: int, carried: tuple[Any, Any, Any, Array]) -> tuple[Any, Any, Any, Array]:
+            return step(*carried[:3], *batch)
+
+        start = params, opt_state, model_state, jnp.zeros(())
+        return jax.lax.fori_loop(0, steps, one, start)
+
+    return several
 
 
 def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -61,7 +61,11 @@ SCALES = {
     ),
     "cpu": _CPU,
     "gpu": _CPU._replace(
-        batches=(128, 512), rounds=20, growth_batches=(128, 256, 512), truncation_ranks=(16, 32, 64, 128, 256)
+        methods=(*_METHODS, "dense_at_once", "amortized_at_once"),
+        batches=(128, 512),
+        rounds=20,
+        growth_batches=(128, 256, 512),
+        truncation_ranks=(16, 32, 64, 128, 256),
     ),
 }
 

@@ -2,6 +2,9 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import cells, communication, factorizations, report, run, steps, timing
@@ -128,6 +131,22 @@ def test_any_choice_of_methods_has_a_table(tmp_path):
     }
     line = next(line for line in report.markdown(tmp_path).splitlines() if line.startswith("| factorized |"))
     assert line.count("(1.00)") == 2 and line.endswith("|  |")
+
+
+def test_steps_handed_over_at_once_are_the_same_steps():
+    from benchmarks.methods import AMORTIZED, TrainingStep
+
+    network = Network("alexnet", 1 / 8, 2, 0.9, "tucker")
+    for one, several in (("dense", "dense_at_once"), ("amortized", "amortized_at_once")):
+        step, steps = TrainingStep(network, one), TrainingStep(network, several)
+        assert steps.steps == AMORTIZED
+        for _ in range(AMORTIZED // step.steps):
+            step.run()
+        steps.run()
+        for leaf, other in zip(*(jax.tree.leaves(trained.state) for trained in (step, steps)), strict=True):
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(step.loss, steps.loss, rtol=1e-3)
 
 
 def test_growth_counts_and_measures_the_same_layer(tmp_path):
