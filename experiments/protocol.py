@@ -25,6 +25,7 @@ class Scale(NamedTuple):
     options: dict[str, Any]  # instead of the protocol's and the row's
     methods: dict[str, dict[str, Any]]  # the same, of runs of one method
     networks: dict[str, dict[str, Any]]  # the same, of runs of one network
+    rows: dict[str, dict[str, Any]]  # the same, of one row, by its name
 
 
 class Protocol(NamedTuple):
@@ -54,6 +55,7 @@ class Protocol(NamedTuple):
         chosen = self.scales[scale]
         merged = {**self.options, **options, **chosen.options}
         merged |= chosen.methods.get(merged["method"], {}) | chosen.networks.get(merged["model"], {})
+        merged |= chosen.rows.get(name, {})
         if dataset is not None:
             merged["dataset"] = dataset
         count = chosen.seeds if seeds is None else seeds
@@ -98,7 +100,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_protocol(path: Path) -> Protocol:
     """A protocol of ``[options]`` and one ``[scales.NAME]`` each with ``seeds`` and, if need be, ``options``,
-    ``methods.METHOD`` and ``networks.NETWORK``.
+    ``methods.METHOD``, ``networks.NETWORK`` and ``rows."NETWORK/METHOD"``; what is said later in this list wins.
 
     Raises:
       GridError: if something of that is missing, or there is something else.
@@ -109,11 +111,12 @@ def read_protocol(path: Path) -> Protocol:
         raise GridError(f"{path}: expected [options] and [scales.NAME] for {', '.join(SCALES)}, found {sorted(scales)}")
     read = {}
     for name, scale in scales.items():
-        if not {"seeds"} <= scale.keys() <= {"seeds", "options", "methods", "networks"}:
+        parts = ("options", "methods", "networks", "rows")
+        if not {"seeds"} <= scale.keys() <= {"seeds", *parts}:
             raise GridError(
-                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be options, methods, networks"
+                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be {', '.join(parts)}"
             )
-        read[name] = Scale(scale["seeds"], *(scale.get(part, {}) for part in ("options", "methods", "networks")))
+        read[name] = Scale(scale["seeds"], *(scale.get(part, {}) for part in parts))
     return Protocol(content["options"], read)
 
 
