@@ -130,11 +130,12 @@ def is_pruned(config: ModelConfig, kinds: dict[str, str], name: str) -> bool:
 def _tucker_conv(
     config: ModelConfig, channels: int, filters: int, kernel_size: Sequence[int], **options: Any
 ) -> TuckerConv:
-    rank: Rank = config.rank
-    if config.spatial == "whole":
-        sizes = (channels, filters)
-        entries = [config.rank if isinstance(config.rank, float) else min(config.rank, n) for n in sizes]
-        rank = (*[None] * len(kernel_size), *entries)
+    def start(size: int) -> int:
+        count = round(config.rank * size) if isinstance(config.rank, float) else config.rank
+        return min(size, max(count, config.least_rank))
+
+    spatial = [None if config.spatial == "whole" else size for size in kernel_size]
+    rank: Rank = (*spatial, start(channels), start(filters))
     return TuckerConv(channels, filters, kernel_size, rank=rank, initialization=config.initialization, **options)
 
 

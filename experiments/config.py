@@ -96,6 +96,9 @@ class ModelConfig:
     rank: int | float = 20
     """Initial rank of the channel modes: a count (and at most the mode's size), or a fraction of its size (0.5, 1.0). Of cp: the
     number of terms, or a fraction of the number at which it saves nothing."""
+    least_rank: int = 1
+    """No channel mode of a convolution's Tucker kernel starts with a lower rank, and smaller modes start whole, as with 3 the
+    three colors of an image do. Not of matrix and cp."""
     compression: float | None = None
     """Of the convolutions, 0.9 to keep a tenth, at least: decides the fixed ranks of tucker, matrix and cp in place of --rank,
     and what snip, grasp and imp prune."""
@@ -114,6 +117,7 @@ class ModelConfig:
         _at_least(self, "rank", 0.0, strict=True)
         for name in ("width", "gain"):
             _at_least(self, name, 0.0, strict=True)
+        _at_least(self, "least_rank", 1)
         if self.model == "lenet5" and self.width != 1:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:

@@ -449,6 +449,20 @@ def test_several_steps_of_one_call_are_the_same_steps(tmp_path, method):
     }
 
 
+def test_a_signal_between_several_steps_of_one_call(tmp_path, monkeypatch, no_plots):
+    """The calls under way come to their end, and the run goes on to the same numbers."""
+    options = [*TUCKER, "--method", "dense", "--steps-at-once", "2"]
+    assert run(*options, "--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7, signal.SIGTERM)
+        assert run(*options, "--run-dir", tmp_path / "cut") == 143
+    assert checkpoint.all_steps(tmp_path / "cut" / "checkpoints")[-1] in (8, 10, 12)
+    assert run(*options, "--run-dir", tmp_path / "cut", "--resume") == 0
+    ours, theirs = (saved_arrays(tmp_path / name, 12) for name in ("cut", "whole"))
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_plateau_of_the_validation_loss(adaptive):
     """Losses of steps say nothing, those shown after an epoch do; nothing else of the state moves."""

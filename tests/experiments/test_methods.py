@@ -141,6 +141,22 @@ def test_fixed_ranks_have_the_compression_asked_for_and_hardly_more(digits, meth
     assert compression <= found < compression + 0.03
 
 
+@pytest.mark.parametrize("spatial", ["tucker", "whole"])
+def test_no_mode_starts_below_the_least_rank(digits, spatial):
+    usual, bounded = (
+        build_model(ModelConfig(method="tucker", rank=0.1, least_rank=least, spatial=spatial), digits, 0)
+        for least in (1, 4)
+    )
+    ranks = [
+        [layer.kernel.get_value().core.shape[2:] for layer in (model.conv1, model.conv2)] for model in (usual, bounded)
+    ]
+    assert ranks == [[(1, 2), (2, 5)], [(1, 4), (4, 5)]]
+    sized = ModelConfig(method="tucker", compression=0.9, least_rank=4, spatial=spatial)
+    model = build_model(sized, digits, 0)
+    found = totals(layers(nnx.as_pure(nnx.state(model, nnx.Param)), kinds_of(model))).conv_compression
+    assert 0.9 <= found < 0.93 and min(model.conv2.kernel.get_value().core.shape[2:]) >= 4
+
+
 def test_a_compression_out_of_reach_is_told(digits):
     with pytest.raises(ValueError, match=r"--compression 0\.9999: lenet5 as tucker has at most 0\.9"):
         build_model(ModelConfig(method="tucker", compression=0.9999), digits, 0)
