@@ -104,8 +104,9 @@ class ModelConfig:
     and what snip, grasp and imp prune."""
     spatial: Literal["tucker", "whole"] = "tucker"
     """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
-    initialization: Literal["dense", "hosvd", "spectral"] = "dense"
-    """dense: random subspaces, usual variance. hosvd: a dense draw, truncated. spectral: decaying singular values."""
+    initialization: Literal["dense", "normalized", "hosvd", "spectral"] = "dense"
+    """dense: random subspaces, usual variance. normalized: the same, smaller, for layers followed by a normalization, of which a
+    step then turns as much as of a dense one (not of cp). hosvd: a dense draw, truncated. spectral: decaying singular values."""
     gain: float = 1.0
     """Factor of the initial convolutions. Where normalizations follow them it changes no output, but how far a step goes:
     halving the kernels is as good as four times the learning rate."""

@@ -38,10 +38,11 @@ __all__ = [
     "prescribe_spectra",
     "tucker_from_dense",
     "tucker_normal",
+    "tucker_normalized",
     "tucker_spectral",
 ]
 
-INITIALIZATIONS = ("dense", "hosvd", "spectral")
+INITIALIZATIONS = ("dense", "normalized", "hosvd", "spectral")
 
 Scheme = Literal["lecun", "he", "glorot"]
 # Where a prescribed decay ends: far below any rounding error, and not yet where float32 ends.
@@ -174,6 +175,44 @@ def tucker_normal(
     return with_norm(TuckerTensor(core, random_factors(factor_key, shape, ranks, dtype)), norm)
 
 
+def tucker_normalized(
+    key: Array,
+    shape: Sequence[int],
+    rank: Rank = None,
+    *,
+    norm: ArrayLike | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> TuckerTensor:
+    """:func:`tucker_normal` for layers whose output is normalized: of the norm at which a step turns it as a dense one.
+
+    Where a normalization follows, the scale of a kernel changes no output, but decides how far a step turns it: by
+    ``lr ||g|| / ||W||^2``, with ``g`` the gradient at norm 1. A step of the core sees of ``g`` what lies in the factors'
+    ranges, of a gradient without a preferred direction the part ``prod R_i / n_i`` of its energy. So with ``||C||`` a dense
+    kernel's norm times ``(prod R_i / n_i)^(1/4)`` it turns as far as the dense kernel would. With the dense norm it turns
+    less, at a tenth of the channels' directions by a tenth.
+
+    Args:
+      key: a random key.
+      shape: ``(n_1, ..., n_d)``, of the dense kernel, ``(spatial..., in, out)``.
+      rank: see :func:`kernel_rank`.
+      norm: the dense kernel's, a scalar, possibly traced; default: :func:`dense_norm`, ``sqrt(n_out)``.
+      dtype: of core and factors; at least float32 is used.
+
+    Returns:
+      A :class:`~tdlrt_jax.tucker.TuckerTensor`; of full ranks it is that of :func:`tucker_normal`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> kernel = tucker_normalized(jax.random.key(0), (3, 3, 16, 64), rank=0.25)
+      >>> round(float(jnp.linalg.norm(kernel.core)), 4)  # 8 (1/16)^(1/4)
+      4.0
+    """
+    ranks = kernel_rank(shape, rank)
+    share = math.prod(1 if r is None else r / n for r, n in zip(ranks, shape))
+    norm = dense_norm(shape) if norm is None else norm
+    return tucker_normal(key, shape, rank, norm=share**0.25 * jnp.asarray(norm), dtype=dtype)
+
+
 def tucker_from_dense(weights: Array, rank: Rank = None, *, rescale: bool = True) -> TuckerTensor:
     """The HOSVD of a dense kernel, scaled back to the norm that truncation took away.
 
@@ -281,7 +320,8 @@ def initial_kernel(
       key: a random key, given to ``kernel_init`` as it is.
       shape: of the dense kernel, ``(spatial..., in, out)``.
       rank: see :func:`kernel_rank`.
-      initialization: ``"dense"``: :func:`tucker_normal` with the norm of the dense draw; ``"hosvd"``:
+      initialization: ``"dense"``: :func:`tucker_normal` with the norm of the dense draw; ``"normalized"``:
+        :func:`tucker_normalized` with that norm; ``"hosvd"``:
         :func:`tucker_from_dense` of the draw; ``"spectral"``: :func:`tucker_spectral` with the norm of the draw; or a
         function ``(key, shape, rank, *, norm, dtype)`` such as these with options of their own.
       kernel_init: a dense initializer. If it returns a TuckerTensor, that is the kernel.
@@ -305,7 +345,8 @@ def initial_kernel(
         return weights
     if initialization == "hosvd":
         return tucker_from_dense(weights, rank)
-    draw = {"dense": tucker_normal, "spectral": tucker_spectral}.get(initialization, initialization)  # type: ignore[arg-type]
+    draws = {"dense": tucker_normal, "normalized": tucker_normalized, "spectral": tucker_spectral}
+    draw = draws.get(initialization, initialization)  # type: ignore[arg-type]
     return draw(jax.random.fold_in(key, 1), shape, rank, norm=jnp.linalg.norm(weights), dtype=dtype)
 
 
