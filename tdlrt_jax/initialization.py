@@ -207,10 +207,9 @@ def tucker_normalized(
       >>> round(float(jnp.linalg.norm(kernel.core)), 4)  # 8 (1/16)^(1/4)
       4.0
     """
-    ranks = kernel_rank(shape, rank)
-    share = math.prod(1 if r is None else r / n for r, n in zip(ranks, shape))
-    norm = dense_norm(shape) if norm is None else norm
-    return tucker_normal(key, shape, rank, norm=share**0.25 * jnp.asarray(norm), dtype=dtype)
+    kernel = tucker_normal(key, shape, rank, norm=norm, dtype=dtype)
+    share = math.prod(size / n for size, n in zip(kernel.core.shape, kernel_shape(kernel)))
+    return kernel._replace(core=share**0.25 * kernel.core)
 
 
 def tucker_from_dense(weights: Array, rank: Rank = None, *, rescale: bool = True) -> TuckerTensor:

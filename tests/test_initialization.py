@@ -1,6 +1,7 @@
 """Initial kernels: their norm, their variance, their spectra, and what users may ask for."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tdlrt_jax.initialization import (
     prescribe_spectra,
     tucker_from_dense,
     tucker_normal,
+    tucker_normalized,
     tucker_spectral,
 )
 from tests import references as ref
@@ -230,6 +232,33 @@ def test_other_spectra_and_free_modes(rng):
 def test_spectra_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tucker_spectral(KEY, (3, 3, 3), **options)
+
+
+@pytest.mark.parametrize("rank", [0.125, 0.5, (None, None, 6, 48), None])
+def test_a_step_turns_a_normalized_kernel_as_far_as_a_dense_one(rng, rank):
+    """The gradient of a function of ``W / ||W||`` falls with the norm, and the core sees a part of it."""
+    shape = (3, 3, 48, 64)
+    gradient = rng.normal(size=shape)  # at norm 1
+    kernel = tucker_normalized(KEY, shape, rank, norm=5.0)
+    seen = to_dense(kernel._replace(core=project(gradient, kernel)))
+
+    def turned(gradient, norm):
+        return np.linalg.norm(gradient) / norm**2
+
+    expected = turned(gradient, 5.0)
+    # The least core has 432 entries: the norm of its random gradient is known to 3.4%.
+    assert turned(seen, np.linalg.norm(kernel.core)) == pytest.approx(expected, rel=0.1)
+    # With the dense norm it turns less, by the fraction of the directions of both modes.
+    share = math.prod(size / n for size, n in zip(kernel.core.shape, shape))
+    assert turned(seen, 5.0) == pytest.approx(math.sqrt(share) * expected, rel=0.1)
+
+
+def project(gradient, kernel):
+    """The gradient of the core."""
+    for mode, factor in enumerate(kernel.factors):
+        if factor is not None:
+            gradient = np.moveaxis(np.tensordot(factor.T, gradient, (1, mode)), 0, mode)
+    return gradient
 
 
 # What layers ask for

@@ -7,7 +7,7 @@ import optax
 
 import tdlrt_jax
 from tdlrt_jax import Budget, RankPolicy, budget, capacity, initialization, ranks, report, rules, tucker
-from tdlrt_jax.initialization import tucker_from_dense, tucker_normal, tucker_spectral
+from tdlrt_jax.initialization import tucker_from_dense, tucker_normal, tucker_normalized, tucker_spectral
 
 KEY = jax.random.key(0)
 DENSE = jax.random.normal(KEY, (3, 3, 4, 6))
@@ -249,6 +249,14 @@ SUBMODULES = {
         (lambda: tucker_normal(KEY, (3, 4), dtype="x"), "dtype"),
         (lambda: tucker_normal(KEY, (3, 4), dtype=int), "dtype"),
         (lambda: tucker_normal(KEY, (3, 4), norm="x"), "norm"),
+    ],
+    "initialization.tucker_normalized": [
+        (lambda: tucker_normalized(0, (3, 4)), "key"),
+        (lambda: tucker_normalized(KEY, (3,)), "shape"),
+        (lambda: tucker_normalized(KEY, (3, 4), 1.5), "rank"),
+        (lambda: tucker_normalized(KEY, (3, 4), dtype="x"), "dtype"),
+        (lambda: tucker_normalized(KEY, (3, 4), dtype=int), "dtype"),
+        (lambda: tucker_normalized(KEY, (3, 4), norm="x"), "norm"),
     ],
     "initialization.tucker_from_dense": [
         (lambda: tucker_from_dense(jnp.ones(3)), "weights"),
