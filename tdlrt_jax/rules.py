@@ -32,8 +32,8 @@ class Rule:
       rank: the capacity, as in :func:`tdlrt_jax.initialization.kernel_rank`: a count, a fraction, one entry a mode, or
         ``None`` for full ranks (for what the tolerance finds, where present weights are converted with one).
       weights: what a converted layer starts from. ``"hosvd"``: its present weights; ``"fresh"`` (the same as
-        ``"dense"``) or ``"spectral"``: new ones, as by the layer's ``initialization`` of that name; or a function such as
-        these.
+        ``"dense"``), ``"normalized"`` or ``"spectral"``: new ones, as by the layer's ``initialization`` of that name; or a
+        function such as these.
       dense: leave the layer as it is.
       tolerance: the layer's own ``tau``. When present weights are converted, also the relative tolerance of their HOSVD:
         within the capacity that ``rank`` gives, or else it sets the capacity.

@@ -68,9 +68,10 @@ class TuckerConv(nnx.Module):
         spatial modes start at full rank; or one entry a mode, ``(spatial..., in, out)``, ``None`` for a mode that stays
         whole. Lowered where a Tucker tensor cannot have it. See :func:`tdlrt_jax.initialization.kernel_rank`. Ranks
         never exceed these capacities until ``tdlrt_jax.resize`` grows them.
-      initialization: ``"dense"``: random subspaces, entries of the variance that ``kernel_init`` draws; ``"hosvd"``:
-        its draw, truncated and rescaled to its norm; ``"spectral"``: singular values that decay with powers of ten; or
-        a function, see :func:`tdlrt_jax.initialization.initial_kernel`.
+      initialization: ``"dense"``: random subspaces, entries of the variance that ``kernel_init`` draws; ``"normalized"``:
+        the same, smaller, for layers whose output is normalized, see :func:`tdlrt_jax.initialization.tucker_normalized`;
+        ``"hosvd"``: its draw, truncated and rescaled to its norm; ``"spectral"``: singular values that decay with powers
+        of ten; or a function, see :func:`tdlrt_jax.initialization.initial_kernel`.
       plan: how the kernel is applied, see :func:`tdlrt_jax.tucker_conv`; chosen by counted work by default.
 
     Raises:
