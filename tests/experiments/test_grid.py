@@ -374,7 +374,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
         expected = {"width", "limit", "epochs", "plateau_of"}
-        seldom = {"adapt_every", "cores_between"}
+        seldom = {"adapt_every", "cores_between", "initialization"}
         expected |= {"imp": {"rounds"}, "tdlrt": seldom, "matrix_dlrt": seldom}.get(one.options["method"], set())
         expected |= {"rank"} if one.name.startswith("vgg16/tdlrt/") else set()
         assert changed == expected
