@@ -165,6 +165,7 @@ def test_small_parts():
         "coordinator",
         "processes",
         "process",
+        "steps_at_once",
     )
     assert options_of({"options": {"epochs": 3, "run_dir": "/a"}}) == {
         name: 3 if name == "epochs" else value for name, value in TrainConfig().to_json().items() if name not in places
