@@ -39,7 +39,8 @@ REASONS = {
             f"inspection.{n}"
             for n in ("adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite")
         ),
-        *("tucker.magnitude", "ranks.choose_rank", "ranks.tails", "ranks.thresholds", "rotation.khatri_rao"),
+        *("tucker.magnitude", "rotation.khatri_rao", "ranks.divisors", "ranks.last_above"),
+        *("ranks.choose_rank", "ranks.tails", "ranks.thresholds"),
         *(
             "rotation.principal_rotation",
             "rotation.randomized_rotation",
