@@ -130,6 +130,11 @@ class ModelConfig:
         if self.compression is not None and (self.parts.adaptive or self.method == "dense"):
             remedy = "" if self.method == "dense" else ": reach it with --budget"
             raise ValueError(f"--compression {self.compression} has no effect on --method {self.method}{remedy}")
+        if self.initialization == "normalized" and self.method == "cp":
+            raise ValueError(
+                "--initialization normalized is not for --method cp, whose parts are not orthonormal: expected dense, hosvd or "
+                "spectral, and a --gain if need be"
+            )
         if self.balanced and self.method != "tucker":
             raise ValueError(f"--balanced is for --method tucker, not {self.method}")
 

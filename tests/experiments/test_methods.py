@@ -170,6 +170,7 @@ def test_a_compression_out_of_reach_is_told(digits):
         ({"method": "dense", "compression": 0.9}, "no effect on --method dense$"),
         ({"method": "cp", "compression": 1.0}, "expected a number between 0 and 1"),
         ({"method": "cp", "balanced": True}, "--balanced is for --method tucker, not cp"),
+        ({"method": "cp", "initialization": "normalized"}, "--initialization normalized is not for --method cp"),
     ],
 )
 def test_options_that_do_not_go_together(options, words):
