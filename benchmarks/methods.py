@@ -71,7 +71,7 @@ class TrainingStep:
         self.batch = images(network)
         self.seconds_to = {"trace": 0.0, "compile": 0.0}
         # What is run, one after the other, and how many steps each takes; the largest of the programs is the first one.
-        self.period = [(self._compile(function, AMORTIZED if method == "dense_at_once" else 1))]
+        self.period = [self._compile(function, AMORTIZED if method == "dense_at_once" else 1)]
         self.steps = AMORTIZED if method == "dense_at_once" or method.startswith("amortized") else 1
         if method.startswith("amortized") and method != "amortized_in_one":
             between = step_of("cores_only", loss_fn, inner)[0]

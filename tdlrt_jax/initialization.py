@@ -189,7 +189,7 @@ def tucker_normalized(
     ``lr ||g|| / ||W||^2``, with ``g`` the gradient at norm 1. A step of the core sees of ``g`` what lies in the factors'
     ranges, of a gradient without a preferred direction the part ``prod R_i / n_i`` of its energy. So with ``||C||`` a dense
     kernel's norm times ``(prod R_i / n_i)^(1/4)`` it turns as far as the dense kernel would. With the dense norm it turns
-    less, at a tenth of the channels' directions by a tenth.
+    less, at a tenth of the directions of both channel modes a tenth as far.
 
     Args:
       key: a random key.
