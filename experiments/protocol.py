@@ -26,6 +26,7 @@ class Scale(NamedTuple):
     methods: dict[str, dict[str, Any]]  # the same, of runs of one method
     networks: dict[str, dict[str, Any]]  # the same, of runs of one network
     rows: dict[str, dict[str, Any]]  # the same, of one row, by its name
+    normalized: list[str]  # methods that are also run from kernels of the norm of :func:`tdlrt_jax.tucker_normalized`
 
 
 class Protocol(NamedTuple):
@@ -85,6 +86,21 @@ class Row(NamedTuple):
         """Of its runs at the compression of the paper's TDLRT, less the seed."""
         return self.name if self.same is None else f"{self.name}-same"
 
+    @property
+    def name_normalized(self) -> str:
+        """Of its runs at that compression from normalized kernels, less the seed."""
+        return f"{self.name}-normalized"
+
+    @property
+    def options_same(self) -> dict[str, Any]:
+        """At the compression of the paper's TDLRT."""
+        return {**self.options, **(self.same or {})}
+
+    @property
+    def options_normalized(self) -> dict[str, Any]:
+        """The same from normalized kernels."""
+        return {**self.options_same, "initialization": "normalized"}
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A configuration file.
@@ -100,7 +116,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_protocol(path: Path) -> Protocol:
     """A protocol of ``[options]`` and one ``[scales.NAME]`` each with ``seeds`` and, if need be, ``options``,
-    ``methods.METHOD``, ``networks.NETWORK`` and ``rows."NETWORK/METHOD"``; what is said later in this list wins.
+    ``methods.METHOD``, ``networks.NETWORK`` and ``rows."NETWORK/METHOD"``, of which what is said later wins, and ``normalized``,
+    a list of methods.
 
     Raises:
       GridError: if something of that is missing, or there is something else.
@@ -112,11 +129,13 @@ def read_protocol(path: Path) -> Protocol:
     read = {}
     for name, scale in scales.items():
         parts = ("options", "methods", "networks", "rows")
-        if not {"seeds"} <= scale.keys() <= {"seeds", *parts}:
+        if not {"seeds"} <= scale.keys() <= {"seeds", *parts, "normalized"}:
             raise GridError(
-                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be {', '.join(parts)}"
+                f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be {', '.join(parts)}, normalized"
             )
-        read[name] = Scale(scale["seeds"], *(scale.get(part, {}) for part in parts))
+        read[name] = Scale(
+            scale["seeds"], *(scale.get(part, {}) for part in parts), normalized=scale.get("normalized", [])
+        )
     return Protocol(content["options"], read)
 
 

@@ -1,13 +1,15 @@
 """The paper's Table 1: accuracy and compression of nine methods on three networks, for CIFAR-10.
 
 Runs what is missing, then writes table1.md and table1.tex beside the results. Rows and the common protocol are in
-experiments/configs/table1. A second table has all methods at the compression of the paper's TDLRT (runs called METHOD-same).
+experiments/configs/table1. A second table has all methods at the compression of the paper's TDLRT (runs called METHOD-same), a
+third low-rank methods at that compression from normalized kernels (METHOD-normalized), where a scale asks for them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = ["GRID", "markdown", "plan", "render"]
 
 _CONFIGS = CONFIGS / "table1"
 _NONE = "—"
+_OWN, _SAME, _NORMALIZED = attrgetter("name"), attrgetter("name_same"), attrgetter("name_normalized")  # of a row's runs
 _ABOUT = (
     "Test accuracy and c.r., the compression 1 - c/f of the convolutions' weights, are those after the last epoch: nothing was "
     "chosen by test images{validation}."
@@ -37,8 +40,12 @@ def plan(scale: str, seeds: int | None, dataset: str | None) -> list[Run]:
         runs += protocol.runs(row.name, row.options, scale=scale, seeds=seeds, dataset=dataset)
     for row in rows:
         if row.same is not None:
-            options = {**row.options, **row.same}
-            runs += protocol.runs(row.name_same, options, scale=scale, seeds=seeds, dataset=dataset)
+            runs += protocol.runs(row.name_same, row.options_same, scale=scale, seeds=seeds, dataset=dataset)
+    for row in rows:
+        if row.method in protocol.scales[scale].normalized:
+            runs += protocol.runs(
+                row.name_normalized, row.options_normalized, scale=scale, seeds=seeds, dataset=dataset
+            )
     return runs
 
 
@@ -52,7 +59,7 @@ def render(directory: Path) -> list[Path]:
     rows = read_rows(_CONFIGS)
     paths = [directory / "table1.md", directory / "table1.tex"]
     paths[0].write_text(markdown(rows, results))
-    groups, cells = _accuracies(rows, results, same=False)
+    groups, cells = _accuracies(rows, results, _OWN)
     paths[1].write_text(latex_table(groups, cells) + "\n")
     return paths
 
@@ -70,11 +77,15 @@ def markdown(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
         "# Table 1\n",
         f"{_setting(rows, results)} {_ABOUT.format(validation=validation)} The paper's values stand beside ours; "
         f"{_NONE}: none, or not yet run.\n",
-        _markdown_accuracies(rows, results, same=False),
+        _markdown_accuracies(rows, results, _OWN),
     ]
     if any(row.same is not None and row.name_same in results for row in rows):
         parts += ["\n## All methods at the compression of the paper's TDLRT\n"]
-        parts += [_markdown_accuracies(rows, results, same=True)]
+        parts += [_markdown_accuracies(rows, results, _SAME)]
+    if normalized := [row for row in rows if row.name_normalized in results]:
+        methods = {row.method for row in normalized}
+        parts += ["\n## The same from normalized kernels\n"]
+        parts += [_markdown_accuracies([row for row in rows if row.method in methods], results, _NORMALIZED)]
     parts += ["\n## What it took\n", _markdown_costs(rows, results)]
     return "\n".join(parts) + "\n"
 
@@ -84,10 +95,15 @@ def _setting(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
     protocol = read_protocol(_CONFIGS / "protocol.toml").options
     compared = {}
     for row in rows:
-        for name, extra in ((row.name, {}), (row.name_same, row.same or {})):
+        for name, options in (
+            (row.name, row.options),
+            (row.name_same, row.options_same),
+            (row.name_normalized, row.options_normalized),
+        ):
             if name in results:
-                planned = {"limit": None, **protocol, **row.options, **extra}
-                compared[f"{row.title} on {NETWORKS[row.network]}"] = (options_of(results[name][0]), planned)
+                planned = {"limit": None, **protocol, **options}
+                title = f"{row.title}, normalized," if name == row.name_normalized else row.title
+                compared[f"{title} on {NETWORKS[row.network]}"] = (options_of(results[name][0]), planned)
     some = [group[0] for group in results.values()]
     data = ", ".join(sorted({result.get("data") or result["options"]["dataset"] for result in some}))
     sizes = sorted({(result["images"]["train"], result["images"]["test"]) for result in some})
@@ -100,28 +116,30 @@ def _setting(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
 
 
 def _accuracies(
-    rows: Sequence[Row], results: dict[str, list[dict[str, Any]]], *, same: bool
+    rows: Sequence[Row], results: dict[str, list[dict[str, Any]]], which: Callable[[Row], str]
 ) -> tuple[list[tuple[str, Sequence[str]]], list[list[str]]]:
     """Groups of columns and cells: a line a method, a group a network."""
     networks, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("network", "method"))
     by_place = {(row.network, row.method): row for row in rows}
     most = max(len(group) for group in results.values())
-    columns = ["test acc. [%]", "c.r. [%]"] + ([] if same else ["paper acc.", "paper c.r."])
+    columns = ["test acc. [%]", "c.r. [%]"] + (["paper acc.", "paper c.r."] if which is _OWN else [])
     cells = []
     for method in methods:
         line = [next(row.title for row in rows if row.method == method)]
         for network in networks:
             row = by_place[network, method]
-            group = results.get(row.name_same if same else row.name, [])
+            group = results.get(which(row), [])
             line += [_cell(final(group, "test_accuracy"), 2, most), _cell(final(group, "compression_conv"), 2)]
-            if not same:
+            if which is _OWN:
                 line += [_NONE if value is None else f"{value:.2f}" for value in (row.accuracy, row.compression)]
         cells.append(line)
     return [(NETWORKS[network], columns) for network in networks], cells
 
 
-def _markdown_accuracies(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]], *, same: bool) -> str:
-    groups, cells = _accuracies(rows, results, same=same)
+def _markdown_accuracies(
+    rows: Sequence[Row], results: dict[str, list[dict[str, Any]]], which: Callable[[Row], str]
+) -> str:
+    groups, cells = _accuracies(rows, results, which)
     header = [
         f"{network}: {columns[0]}" if n == 0 else columns[n] for network, columns in groups for n in range(len(columns))
     ]
@@ -131,12 +149,16 @@ def _markdown_accuracies(rows: Sequence[Row], results: dict[str, list[dict[str, 
 def _markdown_costs(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> str:
     sources, lines = Sources(), []
     for row in rows:
-        for name in dict.fromkeys((row.name, row.name_same)):
+        titles = {
+            row.name_normalized: f"{row.title} (normalized)",
+            row.name_same: f"{row.title} (same c.r.)",
+            row.name: row.title,
+        }
+        for name, title in reversed(titles.items()):
             group = results.get(name)
             if not group:
                 continue
             cost = costs(group)
-            title = row.title if name == row.name else f"{row.title} (same c.r.)"
             peak = _NONE if cost.peak is None or cost.last_peak is None else f"{cost.peak:.0f} / {cost.last_peak:.0f}"
             lines.append(
                 [

@@ -350,7 +350,15 @@ def test_table1_has_all_rows_and_its_protocol():
         if row.same is not None:
             assert row.same.get("budget", row.same.get("compression")) == top
         assert f"'{row.network}/{row.method}[/-]*'" in row.command
+    cpu = {run.name: run.config() for run in table1.plan("cpu", None, None)}
+    normalized = [name for name in cpu if "-normalized/" in name]
+    assert len(normalized) == 3 * 4
+    for name in normalized:  # another norm, and for one row the rank that it has at full scale for the width
+        same = cpu.get(name.replace("-normalized", "-same"), cpu.get(name.replace("-normalized", "")))
+        differing = {option for option in same if same[option] != cpu[name][option]}
+        assert differing == {"initialization"} | ({"rank"} if name.startswith("vgg16/tdlrt") else set())
     full = {run.name: run.config() for run in table1.plan("full", None, None)}
+    assert not any("-normalized" in name for name in full)
     assert {name.rsplit("/")[-1] for name in full} == {"seed0", "seed1", "seed2"}
     for config in full.values():
         stated = {

@@ -28,7 +28,7 @@ def record(epoch, seconds, *, compiling=0.0, accuracy=0.5, peak=30 * MIB, state=
 
 def put(directory, name, accuracy, *, seed=0, hardware="abacus", records=None, same=False, **options):
     """A result file of a row of Table 1, at the scale that ``options`` say."""
-    row = ROWS[name.removesuffix("-same")]
+    row = ROWS[name.removesuffix("-same").removesuffix("-normalized")]
     stored = {**TrainConfig().to_json(), **PROTOCOL, **row.options, **(row.same or {} if same else {}), **options}
     records = records or [record(1, 40.0, compiling=30.0, accuracy=0.99), record(2, 10.0, accuracy=accuracy)]
     result = {
@@ -100,6 +100,19 @@ def test_the_table_at_one_compression(tmp_path):
     assert line_of(second, "| TDLRT |")[1] == "90.00"  # one run for both tables
     assert line_of(second, "| CP-factorized |")[1] == "60.00"
     assert "| VGG16 | CP-factorized (same c.r.) |" in text and "All as the protocol says." in text
+
+
+def test_normalized_kernels_have_a_table_of_their_own(tmp_path):
+    put(tmp_path, "vgg16/tucker-same", 0.5, same=True)
+    assert "normalized" not in table1.render(tmp_path)[0].read_text()
+    put(tmp_path, "vgg16/tucker-normalized", 0.6, same=True, initialization="normalized")
+    put(tmp_path, "vgg16/tdlrt-normalized", 0.7, initialization="normalized", rank=16)
+    text = table1.render(tmp_path)[0].read_text()
+    third = text[text.index("## The same from normalized kernels") : text.index("## What it took")]
+    assert line_of(third, "| TDLRT |")[1] == "70.00" and line_of(third, "| Tucker-factorized |")[1] == "60.00"
+    assert "CP-factorized" not in third
+    assert "| VGG16 | Tucker-factorized (normalized) |" in text
+    assert "Other than the protocol: rank 16 instead of 0.5 (TDLRT, normalized, on VGG16)." in text
 
 
 def test_costs(tmp_path):
