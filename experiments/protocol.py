@@ -133,9 +133,8 @@ def read_protocol(path: Path) -> Protocol:
             raise GridError(
                 f"{path}: [scales.{name}] has {sorted(scale)}: expected seeds, and if need be {', '.join(parts)}, normalized"
             )
-        read[name] = Scale(
-            scale["seeds"], *(scale.get(part, {}) for part in parts), normalized=scale.get("normalized", [])
-        )
+        options, methods, networks, rows = (scale.get(part, {}) for part in parts)
+        read[name] = Scale(scale["seeds"], options, methods, networks, rows, scale.get("normalized", []))
     return Protocol(content["options"], read)
 
 
