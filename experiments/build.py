@@ -52,6 +52,7 @@ def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     parts: dict[str, Any] = {"conv": _convolution(config)}
     if config.model != "lenet5":
         parts["width"] = config.width
+        parts["norm"] = functools.partial(nnx.BatchNorm, momentum=config.norm_momentum)
     elif config.parts.layer != "dense" and config.linear:
         parts["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
     model = _MODELS[config.model](

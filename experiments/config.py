@@ -110,6 +110,9 @@ class ModelConfig:
     gain: float = 1.0
     """Factor of the initial convolutions. Where normalizations follow them it changes no output, but how far a step goes:
     halving the kernels is as good as four times the learning rate."""
+    norm_momentum: float = 0.99
+    """Share of its averages, which evaluation uses, that a batch normalization keeps in a step. 0.9 in PyTorch, where it is called
+    0.1: so short a memory lags less behind a network that learns fast, and is as good where batches are not small."""
     balanced: bool = False
     """Of tucker: core and factors start with even shares of the singular values, as cp does, instead of orthonormal factors."""
 
@@ -119,6 +122,7 @@ class ModelConfig:
         for name in ("width", "gain"):
             _at_least(self, name, 0.0, strict=True)
         _at_least(self, "least_rank", 1)
+        _at_least(self, "norm_momentum", 0.0, high=0.9999)
         if self.model == "lenet5" and self.width != 1:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:

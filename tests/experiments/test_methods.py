@@ -205,6 +205,20 @@ def test_a_gain_scales_the_initial_convolutions_alone(digits, method, initializa
     np.testing.assert_array_equal(usual.classifier.kernel.get_value(), small.classifier.kernel.get_value())
 
 
+@pytest.mark.parametrize("method", ["dense", "tdlrt"])
+def test_normalizations_keep_the_share_of_their_averages_that_was_asked_for(digits, method):
+    config = ModelConfig(model="resnet18", width=0.0625, method=method, rank=0.5, norm_momentum=0.75)
+    model = build_model(config, digits, 0)
+    images = digits.train.images[:16].astype(np.float32) / 255
+    model.train()
+    seen = model.stem_norm.mean.get_value()  # zeros: a step puts in a quarter of the batch's
+    model(images)
+    once = np.asarray(model.stem_norm.mean.get_value() - seen)
+    model(images)
+    np.testing.assert_allclose(model.stem_norm.mean.get_value() - seen, 1.75 * once, rtol=1e-4, atol=1e-6)
+    assert np.abs(once).max() > 0
+
+
 def whole(kernel):
     """A kernel of any format as one array."""
     if isinstance(kernel, CPTensor):
