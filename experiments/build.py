@@ -174,7 +174,7 @@ def build_optimizer(
         convention=tdlrt.convention,
         spare=tdlrt.spare,
         warmup=tdlrt.warmup,
-        adapt_every=1 if tdlrt.cores_between else tdlrt.adapt_every,
+        adapt_every=tdlrt.adapt_every if tdlrt.between is None else 1,
         keep_momentum=tdlrt.keep_momentum,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,
@@ -187,7 +187,7 @@ def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float |
         return tdlrt.tau
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
     steps = max(1, round(by * steps_per_epoch))
-    if tdlrt.cores_between:  # whole steps are few, and each of them is a look
+    if tdlrt.between is not None:  # whole steps are few, and each of them is a look
         return tdlrt_jax.Budget(tdlrt.budget, steps, every=1)
     return tdlrt_jax.Budget(tdlrt.budget, steps)
 

@@ -111,7 +111,7 @@ class ModelConfig:
     """Factor of the initial convolutions. Where normalizations follow them it changes no output, but how far a step goes:
     halving the kernels is as good as four times the learning rate."""
     norm_momentum: float = 0.99
-    """Share of its averages, which evaluation uses, that a batch normalization keeps in a step. 0.9 in PyTorch, where it is called
+    """Share of its averages, for evaluation, that a batch normalization keeps in a step. 0.9 in PyTorch, where it is called
     0.1: so short a memory lags less behind a network that learns fast, and is as good where batches are not small."""
     balanced: bool = False
     """Of tucker: core and factors start with even shares of the singular values, as cp does, instead of orthonormal factors."""
@@ -172,6 +172,8 @@ class TdlrtConfig:
     """Bases and ranks move every so many steps, only the cores in between."""
     cores_between: bool = False
     """In between (--adapt-every) gradients are taken of the cores alone: cheaper than a factorized network's step."""
+    bases_between: bool = False
+    """In between (--adapt-every) bases move too, at ranks that stay: nearly a whole step, without its eigenproblems."""
     keep_momentum: bool = False
     """--cores-between: bases go on with the momentum that they had, in place of none."""
     warmup: int = 0
@@ -192,8 +194,12 @@ class TdlrtConfig:
             raise ValueError(f"--tau {self.tau}: expected a relative tolerance in [0, 1)")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(f"--budget {self.budget}: expected a compression between 0 and 1, such as 0.95")
-        if self.cores_between and not self.adapt_every > 1:
-            raise ValueError(f"--cores-between with --adapt-every {self.adapt_every}: there are no steps in between")
+        if self.cores_between and self.bases_between:
+            raise ValueError("--cores-between with --bases-between: steps in between are of one kind")
+        if self.between is not None and not self.adapt_every > 1:
+            raise ValueError(
+                f"--{self.between}-between with --adapt-every {self.adapt_every}: there are no steps in between"
+            )
         if self.keep_momentum and not self.cores_between:
             raise ValueError("--keep-momentum: momentum is kept anyway without --cores-between")
         if self.budget is None and self.budget_epochs is not None:
@@ -209,6 +215,11 @@ class TdlrtConfig:
             ("max_rank", self.min_rank),
         ):
             _at_least(self, name, low)
+
+    @property
+    def between(self) -> Literal["cores", "bases"] | None:
+        """What steps between two whole ones move, where they are of a kind of their own."""
+        return "cores" if self.cores_between else "bases" if self.bases_between else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ def build_programs(
     *,
     seed: int,
     adaptive: bool = True,
-    cores_between: bool = False,
+    between: Literal["cores", "bases"] | None = None,
     evaluation_batch: int = 500,
     devices: Devices = ONE_DEVICE,
     at_once: int = 1,
@@ -188,7 +188,8 @@ def build_programs(
       seed: of the augmentation.
       adaptive: whether ``tx`` is :func:`tdlrt_jax.tdlrt`, which moves kernels in Tucker format by an integrator; otherwise
         gradients are the plain ones of all arrays.
-      cores_between: whether there are steps of the cores alone, ``train(..., whole=False)``.
+      between: what the steps of ``train(..., whole=False)`` move, if there are such: the cores alone, or bases too, at ranks
+        that stay.
       evaluation_batch: images evaluated at a time.
       devices: that share every batch. The state comes on the default device, to be replicated by the caller.
       at_once: steps that one call may take.
@@ -205,9 +206,9 @@ def build_programs(
         hits = jnp.sum(correct(logits, labels), dtype=jnp.int32)
         return jnp.mean(cross_entropy(logits, labels)), (new_model_state, hits)
 
-    def step_of(cores_only: bool) -> Callable[..., tuple[Any, Any, Any, Array, Array, Array]]:
+    def step_of(**kind: bool) -> Callable[..., tuple[Any, Any, Any, Array, Array, Array]]:
         """``advance(params, opt_state, model_state, *batch)``: new ones; loss, hits and status of the step."""
-        inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False, cores_only=cores_only)
+        inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False, **kind)
 
         def advance(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple:
             params, opt_state, model_state, info = inner(params, opt_state, model_state, *batch)
@@ -258,9 +259,10 @@ def build_programs(
         losses, hits = zip(*jax.device_get(parts))
         return sum(map(float, losses)) / count, sum(map(int, hits)) / count
 
-    whole, between = step_of(cores_only=False) if adaptive else plain, step_of(cores_only=True)
-    rare = partial(step, between) if cores_between else None
-    programs = Programs(partial(step, whole), evaluate, devices, rare, at_once)
+    kinds = {"cores": "cores_only", "bases": "ranks_stay"}
+    whole = step_of() if adaptive else plain
+    frequent = None if between is None else partial(step, step_of(**{kinds[between]: True}))
+    programs = Programs(partial(step, whole), evaluate, devices, frequent, at_once)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)

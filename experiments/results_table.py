@@ -74,7 +74,8 @@ def method_name(options: Mapping[str, Any]) -> str | None:
     if is_adaptive(options) and "integrator" in options:
         words.append(str(options["integrator"]))
         if options.get("adapt_every", 1) > 1:
-            between = ", cores between" if options.get("cores_between") else ""
+            parts = [part for part in ("cores", "bases") if options.get(f"{part}_between")]
+            between = f", {parts[0]} between" if parts else ""
             words.append(f"every {options['adapt_every']} steps{between}")
         if options.get("keep_momentum"):
             words.append("with momentum")

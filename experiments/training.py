@@ -94,7 +94,7 @@ class Training:
                 transform,
                 seed=config.run.seed,
                 adaptive=self.adaptive,
-                cores_between=config.tdlrt.cores_between,
+                between=config.tdlrt.between,
                 devices=devices,
                 at_once=config.device.steps_at_once or (1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE),
             )
@@ -197,11 +197,11 @@ class Training:
         return self.sums.steps == self.steps_per_epoch
 
     def _next(self, step: int) -> tuple[bool, int]:
-        """Of what kind an epoch's next step is, whole or of the cores alone, and how many of that kind one call takes."""
+        """Of what kind an epoch's next step is, whole or one in between, and how many of that kind one call takes."""
         every, start = self.config.tdlrt.adapt_every, self.epoch * self.steps_per_epoch
         whole = (start + step) % every == 0
         count = min(self.programs.at_once, self.steps_per_epoch - step)
-        if self.config.tdlrt.cores_between and every > 1:
+        if self.config.tdlrt.between is not None:
             count = 1 if whole else min(count, every - (start + step) % every)
         for stop in (self.config.run.evaluate_every, self.config.run.save_every):
             count = count if stop is None else min(count, stop - (start + step) % stop)

@@ -17,7 +17,7 @@ from jax import Array
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame, active_core, chart_point, core_frame, lift_all
 from tdlrt_jax.inspection import all_finite
-from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, unchanged
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
@@ -28,6 +28,7 @@ from tdlrt_jax.transport import (
     embed_moment,
     find_moments,
     transport_moment,
+    transport_turned,
     turn_moment,
 )
 from tdlrt_jax.tucker import (
@@ -157,12 +158,32 @@ class NetworkStep(NamedTuple):
             budget=budget,
         )
 
+    def turning_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
+        """Between adaptations: cores step and bases turn, at ranks that stay, from one gradient."""
+        nodes, inner_state = self._first_update(frames, gradients, inner_state)
+
+        def step(frame: Frame, proposed: TuckerTensor) -> tuple[TuckerTensor, Array]:
+            turned, deviation = turn(frame, proposed)
+            return jax.tree.map(jnp.subtract, turned, TuckerTensor(frame.core, frame.U)), deviation
+
+        with jax.named_scope("tdlrt.turn"):
+            results = map_batched(step, frames, self.tree.pick(nodes), apart=self._apart)
+        updates = [update for update, _ in results]
+        inner_state = self._map_moments(
+            inner_state,
+            lambda kind, moment, frame, new_frame: transport_turned(moment, frame, new_frame, kind),
+            frames,
+            self._frames_after(updates),
+        )
+        deviation = jnp.max(jnp.stack([jnp.zeros(()), *(deviation.astype(jnp.float32) for _, deviation in results)]))
+        return self._ranks_stay(updates, nodes, inner_state)._replace(deviation=deviation)
+
     def core_only_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
         """Between adaptations: cores step in the bases as they are, from one gradient."""
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
         updates = self._of_cores(nodes)
         new_frames = self._frames_after(updates)
-        return self._bases_stay(updates, nodes, self._carried_over(inner_state, frames, new_frames))
+        return self._ranks_stay(updates, nodes, self._carried_over(inner_state, frames, new_frames))
 
     def from_anchor(self, inner_state: Any, anchor: list[TuckerTensor], frames: list[Frame]) -> Any:
         """The state after steps of the cores alone that held the moments of the ``K_i``, in the frames of now.
@@ -215,7 +236,7 @@ class NetworkStep(NamedTuple):
             nodes[position] = _mask(nodes[position], kernel)
         if hold:
             inner_state = self._with_factors(inner_state, {"linear": before, "squared": floored})
-        return self._bases_stay(self._of_cores(nodes), nodes, inner_state)
+        return self._ranks_stay(self._of_cores(nodes), nodes, inner_state)
 
     def _with_factors(self, state: Any, of: Mapping[Kind, Any]) -> Any:
         """A state with the moments of the ``K_i`` of others, chosen by kind."""
@@ -231,7 +252,7 @@ class NetworkStep(NamedTuple):
         """The kernels' updates, without those of the factors."""
         return [_of_core(update.core, kernel) for update, kernel in zip(self.tree.pick(nodes), self.tree.kernels)]
 
-    def _bases_stay(self, updates: list[TuckerTensor], nodes: list[Any], inner_state: Any) -> StepOutcome:
+    def _ranks_stay(self, updates: list[TuckerTensor], nodes: list[Any], inner_state: Any) -> StepOutcome:
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
             inner=inner_state,
@@ -239,7 +260,7 @@ class NetworkStep(NamedTuple):
             error=[jnp.zeros((), jnp.float32) for _ in updates],
             pressing=jnp.zeros((), bool),
             finite=jnp.ones((), bool),
-            deviation=jnp.zeros((), jnp.float32),  # the factors stay
+            deviation=jnp.zeros((), jnp.float32),  # of factors that stay
             budget=None,
         )
 

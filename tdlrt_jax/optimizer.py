@@ -98,9 +98,10 @@ def tdlrt(
 
     Returns:
       A transformation with ``init(params)`` and ``update(grads, state, params, *, value_and_grad_fn=None, cores_only=False,
-      **extra)``. ``grads`` are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
+      ranks_stay=False, **extra)``. ``grads`` are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
       ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels. With
-      ``cores_only`` the bases stay and gradients of factors are not looked at, see :func:`tdlrt_jax.tdlrt_step`.
+      ``cores_only`` the bases stay and gradients of factors are not looked at, with ``ranks_stay`` they move and their ranks do
+      not, from ``grads`` alone, see :func:`tdlrt_jax.tdlrt_step`.
       ``optax.apply_updates(params, updates)`` gives the next parameters. Where a gradient, the loss (if it is given, as
       ``value=``), or what would become of the parameters or the inner state is not finite, or where a kernel's factors are not
       orthonormal, parameters and state stay as they are, ``state.status`` says so and ``state.skipped`` counts: a limit on
@@ -172,6 +173,7 @@ def tdlrt(
         *,
         value_and_grad_fn: Callable[[Any], tuple[Any, Any]] | None = None,
         cores_only: bool = False,
+        ranks_stay: bool = False,
         **extra: Any,
     ) -> tuple[Any, TdlrtState]:
         if params is None:
@@ -187,7 +189,11 @@ def tdlrt(
             return _accept(outcome, params, state, [], finite=finite, plain=jnp.zeros((), bool))
         if value_and_grad_fn is not None:
             check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
-        if scheme.evaluations == 2 and value_and_grad_fn is None and not cores_only:
+        if cores_only and ranks_stay:
+            raise ValueError(
+                "cores_only=True, ranks_stay=True: a step is one or the other; with ranks_stay bases move too"
+            )
+        if scheme.evaluations == 2 and value_and_grad_fn is None and not cores_only and not ranks_stay:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
                 "value_and_grad_fn=lambda params: tdlrt_jax.value_and_grad(loss_fn)(params, batch) to update "
@@ -215,8 +221,12 @@ def tdlrt(
         def core_only() -> StepOutcome:
             return network.core_only_step(frames, gradients, before)._replace(budget=(state.budget, tau))
 
-        every_step = adapt_every == 1
-        outcome = adaptive() if every_step else jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
+        if ranks_stay:
+            outcome = network.turning_step(frames, gradients, before)._replace(budget=(state.budget, tau))
+        elif adapt_every == 1:
+            outcome = adaptive()
+        else:
+            outcome = jax.lax.cond(state.step % adapt_every == 0, adaptive, core_only)
         outcome = outcome._replace(deviation=jnp.maximum(outcome.deviation, given))
         anchor = state.anchor
         if keep_momentum:

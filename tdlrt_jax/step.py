@@ -44,6 +44,7 @@ def tdlrt_step(
     donate: bool = True,
     second_pass: bool = False,
     cores_only: bool = False,
+    ranks_stay: bool = False,
 ) -> Callable[..., Any]:
     """One jitted training step of parameters with Tucker kernels.
 
@@ -64,6 +65,10 @@ def tdlrt_step(
         values in whole steps whose number is a multiple of its ``every``. What the inner state remembers of directions outside
         of the bases is let go. (``tdlrt(..., adapt_every=10)`` goes on collecting them, in one program, for the full price of a
         gradient.)
+      ranks_stay: a step between two adaptations in which bases move as well, at ranks that stay: from one gradient, by products
+        and Cholesky factorizations alone, where a whole step has eigenproblems. To first order it is a whole step at these
+        ranks, see :mod:`tdlrt_jax.integrators.turning`, and all that the inner state remembers is carried along. Dearer than
+        one with ``cores_only``; alternate it with whole steps as those.
       donate: let the step reuse the buffers of ``params``, ``opt_state`` and ``model_state``, which must not be used afterwards.
 
     Returns:
@@ -73,7 +78,8 @@ def tdlrt_step(
       it was and ``info.status`` says so; ``info.skipped`` counts such steps in a row.
 
     Raises:
-      ValueError: for ``accumulate`` below 1, a batch that it does not divide, or ``second_pass`` with ``cores_only``.
+      ValueError: for ``accumulate`` below 1, a batch that it does not divide, or more than one of ``second_pass``, ``cores_only``
+        and ``ranks_stay``.
 
     Example:
       >>> import jax.numpy as jnp, optax, tdlrt_jax
@@ -88,8 +94,10 @@ def tdlrt_step(
     check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
     check_transformation("tx", tx)
     check_integer("accumulate", accumulate, 1, "a number of micro-batches")
-    if cores_only and second_pass:
-        raise ValueError("second_pass=True: a step with cores_only has no second gradient, leave one of them out")
+    check_kind_of_step(cores_only, ranks_stay)
+    if second_pass and (cores_only or ranks_stay):
+        which = "cores_only" if cores_only else "ranks_stay"
+        raise ValueError(f"second_pass=True: a step with {which} has no second gradient, leave one of them out")
     tx = optax.with_extra_args_support(tx)
 
     def with_state(params: Any, model_state: Any, *batch: Any) -> tuple[Array, tuple[Any, Any]]:
@@ -108,6 +116,8 @@ def tdlrt_step(
         if cores_only:
             loss, new_model_state, aux, grads = evaluate(core_frames(params), model_state, batch)
             return (loss, new_model_state, aux, without_factors(grads, params)), None
+        if ranks_stay:
+            return evaluate(params, model_state, batch), None
         if accumulate > 1 or second_pass:
             first = evaluate(params, model_state, batch)
 
@@ -154,7 +164,7 @@ def tdlrt_step(
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
         (loss, new_model_state, aux, grads), value_and_grad_fn = first_of_two(params, model_state, batch)
         value = vetoed(loss, model_state, new_model_state)
-        how = {"cores_only": True} if cores_only else {"value_and_grad_fn": value_and_grad_fn}
+        how = kind_of_step(cores_only, ranks_stay) or {"value_and_grad_fn": value_and_grad_fn}
         updates, after = tx.update(grads, opt_state, params, value=value, **how)
         status = combined_status(opt_state, after, (value, grads))
         if not isinstance(opt_state, TdlrtState):
@@ -176,6 +186,20 @@ def tdlrt_step(
         return params, opt_state, info
 
     return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else ())
+
+
+def check_kind_of_step(cores_only: bool, ranks_stay: bool) -> None:
+    """Raises ``ValueError`` for a step that cannot be."""
+    if cores_only and ranks_stay:
+        raise ValueError(
+            "cores_only=True, ranks_stay=True: a step is one or the other; with ranks_stay the bases move too, with cores_only "
+            "they do not"
+        )
+
+
+def kind_of_step(cores_only: bool, ranks_stay: bool) -> dict[str, Any]:
+    """The arguments for the transformation's update of a step that is no whole one; nothing for one that is."""
+    return {"cores_only": True} if cores_only else {"ranks_stay": True} if ranks_stay else {}
 
 
 def core_frames(params: Any) -> Any:

@@ -21,8 +21,17 @@ from jax import Array
 
 from tdlrt_jax.arguments import check_mapping
 from tdlrt_jax.frame import Frame, active_entries
-from tdlrt_jax.integrators import Augmented, embed
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, is_tucker, multi_mode_product, unfold
+from tdlrt_jax.integrators import Augmented, embed, overlaps
+from tdlrt_jax.tucker import (
+    HIGHEST,
+    ModeArray,
+    TuckerTensor,
+    active_columns,
+    is_tucker,
+    mode_product,
+    multi_mode_product,
+    unfold,
+)
 
 __all__ = [
     "Moment",
@@ -32,6 +41,7 @@ __all__ = [
     "transport",
     "transport_moment",
     "transport_squares",
+    "transport_turned",
     "turn_moment",
 ]
 
@@ -263,6 +273,68 @@ def transport_squares(
         None if k is None or u is None else _at_least(k, average, active_columns(u)) for k, u in zip(moments, frame.U)
     ]
     return TuckerTensor(_at_least(carried, average, exists), tuple(factors))
+
+
+def transport_turned(moment: TuckerTensor, frame: Frame, new_frame: Frame, kind: Kind) -> TuckerTensor:
+    """:func:`transport_moment` where bases have turned at ranks that stay, and there are no augmented ones.
+
+    Args:
+      moment: ``(m_C, m_{K_i})`` in the coordinates of ``frame``.
+      frame: before the step.
+      new_frame: at the next kernel.
+      kind: how the moment transforms.
+
+    Returns:
+      The coordinates, in ``new_frame``, of the projection of that tangent vector onto the new tangent space. Of second moments,
+      the same maps with every matrix squared entrywise, and none below the average of the new core's.
+    """
+    square = kind == "squared"
+
+    def squared(matrices: Sequence[ModeArray]) -> Sequence[ModeArray]:
+        return _squares(matrices) if square else matrices
+
+    q_old, q_new = squared(frame.Q), squared(new_frame.Q)
+    rotations = overlaps(frame.U, new_frame.U)
+    pairs = list(zip(frame.U, new_frame.U, rotations))
+    leave = squared(
+        [None if u is None else u - _dot(v, m.T) for u, v, m in pairs]
+    )  # of U_i, what is outside of U_new_i
+    enter = squared([None if u is None else v - _dot(u, m) for u, v, m in pairs])  # of U_new_i, what is outside of U_i
+    turns = squared(rotations)
+    inside = [None if new is None else _dot(new.T, k) for new, k in zip(enter, moment.factors)]  # (R_i, R_i)
+    core = multi_mode_product(moment.core, turns, transpose=True)
+    for mode, (q, part) in enumerate(zip(q_old, inside)):
+        if part is not None:
+            core = core + mode_product(multi_mode_product(q, turns, transpose=True, skip=mode), part, mode)
+    moments: list[ModeArray] = []
+    for mode, (k, (u, v, _), leaving, q) in enumerate(zip(moment.factors, pairs, leave, q_new)):
+        if k is None:
+            moments.append(None)
+            continue
+        columns = unfold(q, mode).T
+        # In U_i along this mode, in the new bases along all others: what leaves U_new of the core and of the other K_j.
+        within = multi_mode_product(moment.core, turns, transpose=True, skip=mode)
+        for other, part in enumerate(inside):
+            if part is None or other == mode:
+                continue
+            rest = [None if j == other else m for j, m in enumerate(turns)]
+            within = within + mode_product(
+                multi_mode_product(q_old[other], rest, transpose=True, skip=mode), part, other
+            )
+        change = _dot(unfold(multi_mode_product(q_old[mode], turns, transpose=True, skip=mode), mode), columns)
+        if not square:
+            k = k - _dot(u, _dot(u.T, k))
+            k = k - _dot(v, _dot(v.T, k))
+        moments.append(_dot(leaving, _dot(unfold(within, mode), columns)) + _dot(k, change))
+    if not square:
+        return TuckerTensor(core, tuple(moments))
+    exists = active_entries(core.shape, new_frame.U)
+    average = _average(core, exists)
+    factors = [
+        None if k is None or u is None else _at_least(k, average, active_columns(u))
+        for k, u in zip(moments, new_frame.U)
+    ]
+    return TuckerTensor(_at_least(core, average, exists), tuple(factors))
 
 
 def _average(core: Array, exists: Array) -> Array:

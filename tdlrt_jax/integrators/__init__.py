@@ -5,6 +5,7 @@ from tdlrt_jax.integrators import fixed_rank as _fixed_rank
 from tdlrt_jax.integrators import parallel as _parallel
 from tdlrt_jax.integrators.augmentation import Augmented, augment, augment_all, embed, unchanged
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation
+from tdlrt_jax.integrators.turning import overlaps, project_core, turn
 
 INTEGRATORS: dict[str, Integrator] = {
     "bug": _bug.bug,
@@ -22,5 +23,8 @@ __all__ = [
     "augment",
     "augment_all",
     "embed",
+    "overlaps",
+    "project_core",
+    "turn",
     "unchanged",
 ]

@@ -16,7 +16,16 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.step import StepInfo, combined_status, core_frames, report, vetoed, without_factors
+from tdlrt_jax.step import (
+    StepInfo,
+    check_kind_of_step,
+    combined_status,
+    core_frames,
+    kind_of_step,
+    report,
+    vetoed,
+    without_factors,
+)
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
 
@@ -214,7 +223,7 @@ def tdlrt(inner: optax.GradientTransformation, **options: Any) -> optax.Gradient
 
 
 def tdlrt_step(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False, cores_only: bool = False
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, cores_only: bool = False, ranks_stay: bool = False
 ) -> Callable[..., StepInfo]:
     """One jitted training step of an nnx model, in place; :func:`tdlrt_jax.tdlrt_step` with nnx's conventions.
 
@@ -222,6 +231,7 @@ def tdlrt_step(
       loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
       has_aux: ``loss_fn`` returns something beside the loss.
       cores_only: a step between two adaptations, in which bases and ranks stay; see :func:`tdlrt_jax.tdlrt_step`.
+      ranks_stay: one in which bases move and ranks stay; see there.
 
     Returns:
       ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
@@ -229,7 +239,7 @@ def tdlrt_step(
       :func:`tdlrt_jax.tdlrt_step`), model and optimizer stay as they were and ``info.status`` says so.
 
     Raises:
-      ValueError: if there is no :func:`tdlrt` in the optimizer.
+      ValueError: for ``cores_only`` with ``ranks_stay``; if there is no :func:`tdlrt` in the optimizer.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -245,6 +255,7 @@ def tdlrt_step(
     """
 
     check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
+    check_kind_of_step(cores_only, ranks_stay)
 
     @nnx.jit
     def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
@@ -255,9 +266,12 @@ def tdlrt_step(
             )
         wrt = optimizer.wrt
         rest = nnx.as_pure(_split(model, wrt)[2])
+        how: dict[str, Any] = kind_of_step(cores_only, ranks_stay)
         if cores_only:
-            how: dict[str, Any] = {"cores_only": True}
             (loss, aux), grads = _value_and_core_grads(loss_fn, has_aux, wrt, model, *batch)
+        elif ranks_stay:
+            value, grads = value_and_grad(loss_fn, has_aux, wrt=wrt)(model, *batch)
+            loss, aux = value if has_aux else (value, None)
         else:
             ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
             how = {"value_and_grad_fn": again}

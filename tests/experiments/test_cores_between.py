@@ -1,4 +1,4 @@
-"""The main job with steps of the cores alone between adaptations."""
+"""The main job with steps of the cores alone, or of bases at ranks that stay, between adaptations."""
 
 import json
 
@@ -12,7 +12,7 @@ from tdlrt_jax import checkpoint
 
 OPTIONS = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2", "--learning-rate", "0.02"]
 OPTIONS += ["--rank", "40", "--budget", "0.95", "--budget-epochs", "1", "--compilation-steps", "0"]
-BETWEEN = ["--adapt-every", "3", "--cores-between"]
+BETWEEN = ["--adapt-every", "3"]
 # What depends on the clock, and on which programs a stretch of training compiles.
 APART = ("seconds", "evaluation_seconds", "compilations", "compile_seconds", "step_memory")
 
@@ -25,10 +25,10 @@ def records(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of two epochs of six steps, and which of them were whole."""
-    directory, calls = tmp_path_factory.mktemp("between") / "run", []
+@pytest.fixture(scope="module", params=["--cores-between", "--bases-between"])
+def finished(tmp_path_factory, request):
+    """A run of two epochs of six steps, which of them were whole, and what the others were."""
+    directory, calls, kind = tmp_path_factory.mktemp("between") / "run", [], request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "save_figure", lambda figure, directory, name: [])
         read = Training._read
@@ -38,14 +38,14 @@ def finished(tmp_path_factory):
             read(self, under_way, display)
 
         patch.setattr(Training, "_read", noted)
-        assert run(directory) == 0
-    return directory, calls
+        assert run(directory, kind) == 0
+    return directory, calls, kind
 
 
 def test_two_programs_take_turns_and_reach_the_budget(finished):
-    directory, calls = finished
+    directory, calls, _ = finished
     first, second = records(directory)
-    assert first["compilations"] == 2, "a whole step and one of the cores"
+    assert first["compilations"] == 2, "a whole step and one in between"
     assert second["compilations"] == (2 if first["capacities"] != second["capacities"] else 0)
     assert [False, True] in calls
     kernels, dense = 500 * 800 + 5 * 5 * 20 * (1 + 50), 10 * 500
@@ -66,8 +66,8 @@ def test_a_run_that_was_cut_off_takes_the_same_steps(finished, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_die)
-        assert run(directory, "--save-every", "4") == 130
-    assert run(directory, "--resume") == 0
+        assert run(directory, finished[2], "--save-every", "4") == 130
+    assert run(directory, finished[2], "--resume") == 0
     for one, other in zip(records(finished[0]), records(directory), strict=True):
         assert {k: v for k, v in one.items() if k not in APART} == {k: v for k, v in other.items() if k not in APART}
 
@@ -75,3 +75,7 @@ def test_a_run_that_was_cut_off_takes_the_same_steps(finished, tmp_path, monkeyp
 def test_without_steps_in_between_there_is_nothing_to_ask_for():
     with pytest.raises(ValueError, match="--cores-between with --adapt-every 1: there are no steps in between"):
         TdlrtConfig(cores_between=True)
+    with pytest.raises(ValueError, match="--bases-between with --adapt-every 1: there are no steps in between"):
+        TdlrtConfig(bases_between=True)
+    with pytest.raises(ValueError, match="steps in between are of one kind"):
+        TdlrtConfig(adapt_every=2, cores_between=True, bases_between=True)

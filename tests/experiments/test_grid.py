@@ -385,7 +385,9 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         changed = {name for name, value in after.items() if value != before[name]}
         expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum"}
         seldom = {"adapt_every", "cores_between", "initialization"}
-        expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(one.options["method"], set())
+        expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(
+            one.options["method"], set()
+        )
         expected |= {"rank"} if one.name.startswith("vgg16/tdlrt/") else set()
         assert changed == expected
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
