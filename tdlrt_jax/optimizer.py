@@ -190,9 +190,7 @@ def tdlrt(
         if value_and_grad_fn is not None:
             check_callable("value_and_grad_fn", value_and_grad_fn, "value_and_grad_fn(params) -> (value, grads)")
         if cores_only and ranks_stay:
-            raise ValueError(
-                "cores_only=True, ranks_stay=True: a step is one or the other; with ranks_stay bases move too"
-            )
+            raise ValueError("cores_only=True, ranks_stay=True: expected one of them; with ranks_stay bases move too")
         if scheme.evaluations == 2 and value_and_grad_fn is None and not cores_only and not ranks_stay:
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "

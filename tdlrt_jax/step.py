@@ -192,8 +192,8 @@ def check_kind_of_step(cores_only: bool, ranks_stay: bool) -> None:
     """Raises ``ValueError`` for a step that cannot be."""
     if cores_only and ranks_stay:
         raise ValueError(
-            "cores_only=True, ranks_stay=True: a step is one or the other; with ranks_stay the bases move too, with cores_only "
-            "they do not"
+            "cores_only=True, ranks_stay=True: expected one of them; with ranks_stay the bases move too, with cores_only they do "
+            "not"
         )
 
 

@@ -22,15 +22,18 @@ from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, m
 __all__ = ["overlaps", "project_core", "turn", "turned_basis"]
 
 
+# Of a turn, see turned_basis: the larger, the sooner it is cut; the condition number is at most that of 1 + 1 / (4 damping).
+_DAMPING = 1 / 16
+
+
 def turned_basis(basis: Array, K: Array, step: Array) -> Array:
     """``U_new``, which spans ``K + step`` where that is well-conditioned.
 
-    ``A = K + step = U S + D`` has the range of ``U + D S^{-1}``. Small singular values of ``S`` are not to be inverted, which is
-    what Theorem 3 is about. So the displacement is ``E = D (A^T A)^{-1} S^T`` instead, the part outside of ``U`` of the
-    projection of ``U`` onto that range: a direction of size ``s`` that steps by ``d`` turns by ``d s / (s^2 + d^2)``, at most a
-    half; that is the whole turn up to third order in ``d / s``, and none at all where there is only ``d``. Thus ``U + E`` has
-    full rank and a condition number of at most ``sqrt(5/4)``, whatever the singular values. What a direction of nearly no size
-    would become is left to the next augmentation.
+    ``K + step = U S + D`` has the range of ``U + D S^{-1}``. Small singular values of ``S`` are not to be inverted, which is what
+    Theorem 3 is about. So the displacement is ``E = D (S^T S + D^T D / 16)^{-1} S^T``: a direction of size ``s`` that steps by
+    ``d`` turns by ``d s / (s^2 + d^2 / 16)``, which is at most 2, the whole turn up to third order in ``d / s``, and nothing
+    where there is only ``d``. Thus ``U + E`` has full rank and a condition number of at most ``sqrt(5)``, whatever the singular
+    values. What a direction of nearly no size would become is left to the next augmentation.
 
     Args:
       basis: ``U``, ``(n, R)``, orthonormal up to its zero columns.
@@ -42,8 +45,7 @@ def turned_basis(basis: Array, K: Array, step: Array) -> Array:
     """
     active = active_columns(basis)
     s = jnp.matmul(basis.T, K, precision=HIGHEST)
-    stepped = K + step
-    gram = jnp.matmul(stepped.T, stepped, precision=HIGHEST)
+    gram = jnp.matmul(s.T, s, precision=HIGHEST) + _DAMPING * jnp.matmul(step.T, step, precision=HIGHEST)
     # Directions of next to no size, and those that are not there: what is solved for them is multiplied by that size again.
     trace = jnp.trace(gram)
     floor = 16 * jnp.finfo(gram.dtype).eps * jnp.where(trace > 0, trace, 1)

@@ -51,7 +51,11 @@ REASONS = {
         ),
         *("transport.Moment", "transport.core_moment", "transport.embed_moment", "transport.find_moments"),
         "transport.transport",
-        *("transport.transport_moment", "transport.transport_squares", "transport.turn_moment"),
+        *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
+        *(
+            "transport.turn_moment",
+            *(f"integrators.turning.{n}" for n in ("overlaps", "project_core", "turn", "turned_basis")),
+        ),
         *(f"integrators.augmentation.{n}" for n in ("Augmented", "augment", "augment_all", "embed", "unchanged")),
         *("integrators.augmentation.augmented_width", "integrators.augmentation.new_directions"),
         *(f"integrators.base.{n}" for n in ("Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors")),

@@ -186,6 +186,7 @@ NN = {
     ],
     "nn.tdlrt_step": [
         *each(nn.tdlrt_step, "loss_fn", (3, None)),
+        (lambda: nn.tdlrt_step(model_loss, cores_only=True, ranks_stay=True), "ranks_stay"),
         (lambda: nn.tdlrt_step(model_loss)(3, None), "model"),
         (lambda: nn.tdlrt_step(model_loss)(LAYER, None), "optimizer"),
     ],

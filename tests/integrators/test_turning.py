@@ -48,8 +48,8 @@ def test_the_moved_kernel_is_projected_onto_the_turned_bases(x64, rng, whole):
             continue
         active = np.asarray(active_columns(u))
         u, k, d = (np.asarray(part)[:, active] for part in (u, k, d))
-        stepped = k + d
-        expected, _ = np.linalg.qr(u + d @ np.linalg.solve(stepped.T @ stepped, (u.T @ k).T))
+        s = u.T @ k
+        expected, _ = np.linalg.qr(u + d @ np.linalg.solve(s.T @ s + d.T @ d / 16, s.T))
         np.testing.assert_array_equal(active_columns(v), active)
         np.testing.assert_allclose(v[:, active] @ v[:, active].T, expected @ expected.T, atol=1e-11)
     target = np.asarray(to_dense(kernel) + tangent_to_dense(step, frame))
@@ -84,7 +84,7 @@ def test_small_singular_values_are_not_inverted(x64, rng, smallest, dtype):
     turned = np.asarray(turned_basis(u, k, d), np.float64)
     np.testing.assert_allclose(turned.T @ turned, np.eye(4), atol=20 * float(jnp.finfo(dtype).eps))
     cosines = np.linalg.svd(basis.T @ turned)[1]
-    assert cosines.min() > 0.85  # a turn by a half has 0.894
+    assert cosines.min() > 0.44  # a turn by 2 has 0.447
     if smallest <= 1e-8:
         assert cosines.min() > 0.99  # nothing to turn
 
@@ -235,7 +235,7 @@ def test_nothing_moves_where_a_gradient_is_not_finite():
     params, images, labels = network()
     tx = tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.05)
     step = tdlrt_step(network_loss, tx, ranks_stay=True, donate=False)
-    moved, state, info = step(params, tx.init(params), images.at[0, 0, 0, 0].set(jnp.nan), labels)
+    moved, _, info = step(params, tx.init(params), images.at[0, 0, 0, 0].set(jnp.nan), labels)
     assert "not finite" in " ".join(describe_status(info.status)) and int(info.skipped) == 1
     jax.tree.map(np.testing.assert_array_equal, moved, params)
 
