@@ -33,8 +33,11 @@ JAX_METHODS = {
     "fixed_rank": "TDLRT, Algorithm 1 not adaptive (two passes)",
     "amortized": f"TDLRT, Algorithm 1 every {AMORTIZED} steps, between them steps of the cores alone (cores_only)",
     "amortized_at_once": f"the same, the {AMORTIZED - 1} steps between two adaptations handed to the device at once",
+    "amortized_turning": f"TDLRT, Algorithm 1 every {AMORTIZED} steps, between them steps at ranks that stay (ranks_stay)",
+    "amortized_turning_at_once": f"the same, the {AMORTIZED - 1} steps between two adaptations handed to the device at once",
     "dense_at_once": f"dense, {AMORTIZED} steps handed to the device at once",
-    "cores_only": "TDLRT, the steps between two adaptations by themselves",
+    "cores_only": "TDLRT, steps of the cores alone by themselves",
+    "ranks_stay": "TDLRT, steps at ranks that stay by themselves: bases turn, without eigenproblems",
     "amortized_in_one": f"TDLRT, Algorithm 1 every {AMORTIZED} steps in one program (adapt_every)",
     "bug_second_pass": "TDLRT, Algorithm 1 with a second pass",
     "paper": "TDLRT as the paper writes it: one pass for each factor and one for the core",
@@ -57,7 +60,10 @@ class TrainingStep:
 
     def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
         ordinary = method in ("factorized", "paper")
-        usual = {"amortized": "bug", "amortized_at_once": "bug", "dense_at_once": "dense"}.get(method, method)
+        # What is run beside a first program, and whether a call takes several steps of it.
+        between = {"amortized": "cores_only", "amortized_turning": "ranks_stay"}.get(method.removesuffix("_at_once"))
+        at_once = method.endswith("_at_once")
+        usual = "bug" if between else method.removesuffix("_at_once")
         kind = usual if method.startswith("dense") else "tucker_ordinary" if ordinary else "tucker"
         with on_the_host():
             parts: Any = nnx.split(build(network, kind), nnx.Param, ...)
@@ -71,14 +77,12 @@ class TrainingStep:
         self.batch = images(network)
         self.seconds_to = {"trace": 0.0, "compile": 0.0}
         # What is run, one after the other, and how many steps each takes; the largest of the programs is the first one.
-        self.period = [self._compile(function, AMORTIZED if method == "dense_at_once" else 1)]
-        self.steps = AMORTIZED if method == "dense_at_once" or method.startswith("amortized") else 1
-        if method.startswith("amortized") and method != "amortized_in_one":
-            between = step_of("cores_only", loss_fn, inner)[0]
-            if method == "amortized":
-                self.period += [self._compile(between)] * (AMORTIZED - 1)
-            else:
-                self.period.append(self._compile(between, AMORTIZED - 1))
+        self.period = [self._compile(function, AMORTIZED if at_once and not between else 1)]
+        self.steps = AMORTIZED if at_once or between or method == "amortized_in_one" else 1
+        if between:
+            rest = AMORTIZED - 1
+            program = self._compile(step_of(between, loss_fn, inner)[0], rest if at_once else 1)
+            self.period += [program] * (1 if at_once else rest)
         elif method == "amortized_in_one":
             self.period *= AMORTIZED
         self.compiled = self.period[0]
@@ -86,7 +90,7 @@ class TrainingStep:
 
     def _compile(self, function: Callable[..., Any], steps: int = 1) -> Any:
         started = time.perf_counter()
-        function = function if steps == 1 else at_once(function, steps)
+        function = function if steps == 1 else several(function, steps)
         lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
         traced = time.perf_counter()
         compiled = lowered.compile()
@@ -121,17 +125,17 @@ class TrainingStep:
         }
 
 
-def at_once(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
+def several(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
     """So many steps on one batch, in one program."""
 
-    def several(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
+    def of_them(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
         def one(_: int, carried: tuple[Any, Any, Any, Array]) -> tuple[Any, Any, Any, Array]:
             return step(*carried[:3], *batch)
 
         start = params, opt_state, model_state, jnp.zeros(())
         return jax.lax.fori_loop(0, steps, one, start)
 
-    return several
+    return of_them
 
 
 def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -152,7 +156,8 @@ def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Calla
         return paper_step(loss_fn, tx), tx.init
     if method not in JAX_METHODS:
         raise ValueError(f"method={method!r} is unknown: expected one of {', '.join(JAX_METHODS)}")
-    how = {"second_pass": method == "bug_second_pass", "cores_only": method == "cores_only"}
+    kinds = {"bug_second_pass": "second_pass", "cores_only": "cores_only", "ranks_stay": "ranks_stay"}
+    how = {kinds[method]: True} if method in kinds else {}
     inner_step = tdlrt_jax.tdlrt_step(loss_fn, tx, has_state=True, donate=False, **how)
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:

@@ -25,7 +25,17 @@ from experiments.process import start_over
 __all__ = ["SCALES", "SECTIONS", "main"]
 
 SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages")
-_METHODS = ("dense", "factorized", "factorized_at_rank", "bug", "parallel", "fixed_rank", "amortized", "paper")
+_METHODS = (
+    "dense",
+    "factorized",
+    "factorized_at_rank",
+    "bug",
+    "parallel",
+    "fixed_rank",
+    "amortized",
+    "amortized_turning",
+    "paper",
+)
 _CPU = Options(
     models=("vgg16", "alexnet", "resnet18"),
     compressions=(0.95, 0.9, 0.98, 0.8),
@@ -61,7 +71,7 @@ SCALES = {
     ),
     "cpu": _CPU,
     "gpu": _CPU._replace(
-        methods=(*_METHODS, "dense_at_once", "amortized_at_once"),
+        methods=(*_METHODS, "dense_at_once", "amortized_at_once", "amortized_turning_at_once"),
         batches=(128, 512),
         rounds=20,
         growth_batches=(128, 256, 512),

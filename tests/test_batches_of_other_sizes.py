@@ -82,13 +82,14 @@ def loss_fn(params, x, y):
     return jnp.mean((tucker_linear(jnp.mean(x, axis=(1, 2)), params["head"]) + params["bias"] - y) ** 2)
 
 
-def trained(rng, steps=8, adam=False, **options):
+def trained(rng, steps=8, adam=False, turning=False, **options):
     params, x, y = network(rng, jnp.float64)
     inner = optax.adam(0.02) if adam else optax.sgd(0.2, momentum=0.9)
     tx = tdlrt(inner, **{"tolerance": 0.05, **options})
     step, state, losses = tdlrt_step(loss_fn, tx, donate=False), tx.init(params), []
-    for _ in range(steps):
-        params, state, info = step(params, state, x, y)
+    between = tdlrt_step(loss_fn, tx, donate=False, ranks_stay=True) if turning else step
+    for number in range(steps):
+        params, state, info = (between if number % 4 else step)(params, state, x, y)
         losses.append(float(info.loss))
         assert int(info.status) & 0b11 == 0
     ranks = {name: rank.tolist() for name, rank in info.rank.items()}
@@ -106,6 +107,8 @@ def trained(rng, steps=8, adam=False, **options):
         {"integrator": "bug", "tolerance": Budget(0.4, steps=6, every=2)},
         {"integrator": "parallel", "rules": {"second": {"tolerance": 0.3}}},
         {"integrator": "bug", "route": "randomized"},
+        {"turning": True},
+        {"turning": True, "adam": True},
     ],
     ids=str,
 )
@@ -131,6 +134,10 @@ def test_one_batch_a_factorization_whatever_the_sizes(as_on_a_gpu):
     # 4 modes of the 3x3 kernels, 2 of the 1x1 kernel and of the matrix; one for the augmentation; in each lift at most two.
     assert 0 < text.count("@lapack_ssyevd_ffi(") <= 4 + 2 + 2 + 1 + 2 * 2
     assert "geqrf" not in text
+    # At ranks that stay there is none but what a lift falls back to.
+    text = jax.jit(tdlrt_step(loss_fn, tx, donate=False, ranks_stay=True)).lower(params, state, x, y).as_text()
+    assert text.count("@lapack_ssyevd_ffi(") <= 2 * 2
+    assert "geqrf" not in text and text.count("@lapack_spotrf_ffi(") > 0
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, 8.0])

@@ -137,7 +137,7 @@ def test_steps_handed_over_at_once_are_the_same_steps():
     from benchmarks.methods import AMORTIZED, TrainingStep
 
     network = Network("alexnet", 1 / 8, 2, 0.9, "tucker")
-    for one, several in (("dense", "dense_at_once"), ("amortized", "amortized_at_once")):
+    for one, several in ((m, f"{m}_at_once") for m in ("dense", "amortized", "amortized_turning")):
         step, steps = TrainingStep(network, one), TrainingStep(network, several)
         assert steps.steps == AMORTIZED
         for _ in range(AMORTIZED // step.steps):
