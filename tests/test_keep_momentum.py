@@ -80,6 +80,25 @@ def test_where_there_is_nothing_in_between_it_changes_nothing(x64, integrator, i
         np.testing.assert_allclose(to_dense(kernel), to_dense(kernel_paths(other)[name]), atol=1e-11)
 
 
+def test_steps_at_ranks_that_stay_take_it_up(x64):
+    """After a step of the cores they step with the momentum that was held; where there was none they do as without holding."""
+    inner = optax.sgd(0.1, momentum=0.9)
+
+    def run(kinds, **options):
+        params, images, labels = network(dtype=jnp.float64)
+        tx = tdlrt(inner, tolerance=0.05, **options)
+        state = tx.init(params)
+        for kind in kinds:
+            params, state, _ = tdlrt_step(loss_fn, tx, donate=False, **kind)(params, state, images, labels)
+        return to_dense(params["conv"])
+
+    turning, cores = {"ranks_stay": True}, {"cores_only": True}
+    kinds = [{}, turning, turning, turning]
+    np.testing.assert_allclose(run(kinds, keep_momentum=True), run(kinds), atol=1e-11)
+    kinds = [{}, turning, cores, turning]
+    assert np.abs(run(kinds, keep_momentum=True) - run(kinds)).max() > 1e-5
+
+
 def test_second_moments_stay_but_for_what_is_below_the_average(x64):
     """Neither do they decay while nothing is seen of the bases, nor do steps in other frames mix them."""
     _, held = alternated(optax.adam(0.02), 3, 0)

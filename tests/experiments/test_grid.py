@@ -384,7 +384,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
         expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum"}
-        seldom = {"adapt_every", "cores_between", "initialization"}
+        seldom = {"adapt_every", "bases_between", "initialization"}
         expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(
             one.options["method"], set()
         )
