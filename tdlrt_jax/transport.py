@@ -266,13 +266,7 @@ def transport_squares(
         leaving = (jnp.eye(p.shape[0], dtype=p.dtype) - _dot(p, p.T)) ** 2
         change = _dot(unfold(multi_mode_product(q_old**2, overlaps, transpose=True, skip=mode), mode), columns)
         moments.append(jnp.maximum(_dot(basis**2, _dot(leaving, within)), _dot(k, change)))
-    carried = multi_mode_product(core, squared, transpose=True)
-    exists = active_entries(carried.shape, frame.U)
-    average = _average(carried, exists)
-    factors = [
-        None if k is None or u is None else _at_least(k, average, active_columns(u)) for k, u in zip(moments, frame.U)
-    ]
-    return TuckerTensor(_at_least(carried, average, exists), tuple(factors))
+    return _raised(TuckerTensor(multi_mode_product(core, squared, transpose=True), tuple(moments)), frame)
 
 
 def transport_turned(moment: TuckerTensor, frame: Frame, new_frame: Frame, kind: Kind) -> TuckerTensor:
@@ -326,15 +320,19 @@ def transport_turned(moment: TuckerTensor, frame: Frame, new_frame: Frame, kind:
             k = k - _dot(u, _dot(u.T, k))
             k = k - _dot(v, _dot(v.T, k))
         moments.append(_dot(leaving, _dot(unfold(within, mode), columns)) + _dot(k, change))
-    if not square:
-        return TuckerTensor(core, tuple(moments))
-    exists = active_entries(core.shape, new_frame.U)
-    average = _average(core, exists)
+    carried = TuckerTensor(core, tuple(moments))
+    return _raised(carried, new_frame) if square else carried
+
+
+def _raised(moment: TuckerTensor, frame: Frame) -> TuckerTensor:
+    """A second moment, nothing of it below the average of its core's."""
+    exists = active_entries(moment.core.shape, frame.U)
+    average = _average(moment.core, exists)
     factors = [
         None if k is None or u is None else _at_least(k, average, active_columns(u))
-        for k, u in zip(moments, new_frame.U)
+        for k, u in zip(moment.factors, frame.U)
     ]
-    return TuckerTensor(_at_least(core, average, exists), tuple(factors))
+    return TuckerTensor(_at_least(moment.core, average, exists), tuple(factors))
 
 
 def _average(core: Array, exists: Array) -> Array:

@@ -13,7 +13,7 @@ from tdlrt_jax.integrators.augmentation import Augmented
 from tdlrt_jax.ranks import RankPolicy
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor
 
-__all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors"]
+__all__ = ["Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors", "polished"]
 
 
 class Galerkin(NamedTuple):
@@ -76,8 +76,13 @@ def orthonormal_factors(
         if basis is None or rotation is None:
             factors.append(None)
             continue
-        u = jnp.matmul(basis, rotation, precision=HIGHEST)
-        gram = jnp.matmul(u.T, u, precision=HIGHEST)
-        deviations.append(deviation(u, gram))
-        factors.append(1.5 * u - 0.5 * jnp.matmul(u, gram, precision=HIGHEST))
+        factor, error = polished(jnp.matmul(basis, rotation, precision=HIGHEST))
+        factors.append(factor)
+        deviations.append(error)
     return tuple(factors), jnp.max(jnp.stack([jnp.zeros(()), *deviations]))
+
+
+def polished(factor: Array) -> tuple[Array, Array]:
+    """One Newton-Schulz step of a nearly orthonormal factor, and how far from orthonormal it was, see above."""
+    gram = jnp.matmul(factor.T, factor, precision=HIGHEST)
+    return 1.5 * factor - 0.5 * jnp.matmul(factor, gram, precision=HIGHEST), deviation(factor, gram)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.scipy.linalg import cho_solve
 
 from tdlrt_jax.frame import Frame
-from tdlrt_jax.integrators.base import orthonormal_factors
+from tdlrt_jax.integrators.base import polished
 from tdlrt_jax.orthonormal import cholesky_qr
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product, multi_mode_product
 
@@ -84,20 +84,20 @@ def turn(frame: Frame, step: TuckerTensor) -> tuple[TuckerTensor, Array]:
       step: increments of ``C`` and of every ``K_i``, those orthogonal to ``U_i``.
     """
     steps: list[ModeArray] = []
-    turned: list[ModeArray] = []
-    whole: list[ModeArray] = []
+    bases: list[ModeArray] = []
+    deviations = [jnp.zeros(())]
     for u, k, d in zip(frame.U, frame.K, step.factors):
         if u is None or d is None:
-            for parts in (steps, turned, whole):
-                parts.append(None)
+            steps.append(None)
+            bases.append(None)
             continue
         outside = d - _within(u, d)
+        basis, deviation = polished(turned_basis(u, k, outside))
         steps.append(outside)
-        turned.append(turned_basis(u, k, outside))
-        whole.append(jnp.diag(active_columns(u).astype(u.dtype)))
-    bases, deviation = orthonormal_factors(tuple(turned), tuple(whole))
+        bases.append(basis)
+        deviations.append(deviation)
     core = project_core(TuckerTensor(frame.core + step.core, tuple(steps)), frame, bases)
-    return TuckerTensor(core, bases), deviation
+    return TuckerTensor(core, tuple(bases)), jnp.max(jnp.stack(deviations))
 
 
 def _within(basis: Array, columns: Array) -> Array:

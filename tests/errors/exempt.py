@@ -58,7 +58,10 @@ REASONS = {
         ),
         *(f"integrators.augmentation.{n}" for n in ("Augmented", "augment", "augment_all", "embed", "unchanged")),
         *("integrators.augmentation.augmented_width", "integrators.augmentation.new_directions"),
-        *(f"integrators.base.{n}" for n in ("Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors")),
+        *(
+            f"integrators.base.{n}"
+            for n in ("Galerkin", "Integrator", "Moved", "Truncation", "orthonormal_factors", "polished")
+        ),
     ),
     _CHECKED: (
         *(
