@@ -1,5 +1,7 @@
 """Batch normalization at the kernel's rank is the convolution and the normalization, one after the other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,17 +69,21 @@ def test_outputs_statistics_and_theorem_1s_gradients_are_those_of_the_two_operat
         x, kernel, scale, bias, options = problem(rng, layer)
         options = {**options, "plan": plan}
         params = {"kernel": kernel, "scale": scale, "bias": bias}
-        for actual, expected in zip(
-            at_rank(x, *params.values(), **options), one_after_the_other(x, *params.values(), **options)
-        ):
-            np.testing.assert_allclose(actual, expected, atol=1e-12)
-        ours, oracle = objective(at_rank, options), objective(one_after_the_other, options)
-        assert_trees_close(value_and_grad(ours)(params, x), value_and_grad(oracle)(params, x), 1e-11)
-        # Ordinary gradients of a TuckerTensor, and the input's.
-        assert_trees_close(jax.grad(ours, (0, 1))(params, x), jax.grad(oracle, (0, 1))(params, x), 1e-11)
         lifted = {**params, "kernel": lift(kernel)}
-        dx, expected = (jax.grad(loss, 1)(lifted, x) for loss in (ours, oracle))
-        np.testing.assert_allclose(dx, expected, atol=1e-11)
+
+        @partial(jax.jit, static_argnums=0)
+        def everything(apply, params, lifted, x):
+            """Outputs with statistics, Theorem 1's gradients, a TuckerTensor's ordinary ones with the input's, the lifted's."""
+            loss = objective(apply, options)
+            outputs = apply(x, params["kernel"], params["scale"], params["bias"], **options)
+            grads = value_and_grad(loss)(params, x), jax.grad(loss, (0, 1))(params, x), jax.grad(loss, 1)(lifted, x)
+            return outputs, grads
+
+        outputs, grads = everything(at_rank, params, lifted, x)
+        expected_outputs, expected_grads = everything(one_after_the_other, params, lifted, x)
+        for actual, expected in zip(outputs, expected_outputs):
+            np.testing.assert_allclose(actual, expected, atol=1e-12)
+        assert_trees_close(grads, expected_grads, 1e-11)
 
 
 def test_theorem_1s_gradients_are_those_of_the_chart(rng):
@@ -112,12 +118,18 @@ def test_the_second_gradient_comes_out_of_the_first_pass(rng, layer, plan):
         params = {"kernel": kernel, "scale": scale, "bias": bias}
         loss = objective(at_rank, {**options, "plan": plan})
         at = augmented(rng, params)
-        first, second = value_and_two_grads(loss)(params, x)
-        assert second.at_same_network is not second._anew
-        assert_trees_close(first, value_and_grad(loss)(params, x), 1e-12)
-        anew = value_and_grad(objective(one_after_the_other, options))(at, x)
-        assert_trees_close(second.at_same_network(at), anew, 1e-11)
-        assert_trees_close(second(at), anew, 1e-11)
+
+        @jax.jit
+        def both(params, at, x):
+            first, second = value_and_two_grads(loss)(params, x)
+            assert second.at_same_network is not second._anew
+            return first, second.at_same_network(at), second(at)
+
+        first, at_same_network, second = both(params, at, x)
+        assert_trees_close(first, jax.jit(value_and_grad(loss))(params, x), 1e-12)
+        anew = jax.jit(value_and_grad(objective(one_after_the_other, options)))(at, x)
+        assert_trees_close(at_same_network, anew, 1e-11)
+        assert_trees_close(second, anew, 1e-11)
 
 
 def test_the_second_gradient_holds_where_the_augmented_kernel_is_merged(rng):
