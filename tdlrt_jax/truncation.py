@@ -137,13 +137,14 @@ def truncate(
 
     def run_pass(carry: _Pass) -> _Pass:
         first = carry.done == 0
-        rotations, masks, bound, dropped = list(carry.rotations), list(carry.masks), list(carry.bound), carry.dropped
+        rotations, masks, ranks = list(carry.rotations), list(carry.masks), list(carry.ranks)
+        bound, dropped = list(carry.bound), carry.dropped
         working = jax.lax.cond(first, normalized, lambda: _padded(carry.core, core.shape))
         for mode in range(order):
             if whole[mode]:
                 continue
             # More directions than the other modes have room for are rounding, and hold nothing down.
-            exist = jnp.minimum(jnp.sum(masks[mode], dtype=jnp.int32), _columns(masks, mode))
+            exist = jnp.minimum(ranks[mode], _columns(ranks, mode, core.shape[mode]))
             matrix, turns = unfold(working, mode), jnp.where(first, rounds, ALL_ROUNDS)
             size = sketch_size(matrix.shape[0], matrix.shape[1], sizes[mode]) if policy.route == "randomized" else None
             if size is None:
@@ -158,7 +159,7 @@ def truncate(
                 )
                 v = jnp.matmul(rotations[mode], v, precision=HIGHEST)
             rank, held = chosen_rank(mode, energies, lost, exist)
-            rank = jnp.where(first, rank, exist)
+            ranks[mode] = rank = jnp.where(first, rank, exist).astype(jnp.int32)
             bound[mode] = jnp.where(first, held, bound[mode])
             keep = jnp.arange(energies.shape[0]) < rank
             dropped = dropped + jnp.where(first, lost + jnp.sum(jnp.where(keep, 0, energies)), 0)
@@ -168,12 +169,14 @@ def truncate(
             keep = keep[: sizes[mode]]  # later modes are rotated on what is left
             shape = (*working.shape[:mode], sizes[mode], *working.shape[mode + 1 :])
             working = fold(jnp.where(keep[:, None], rows[: sizes[mode]], 0), mode, shape)
-        return _Pass(carry.done + 1, working, tuple(rotations), tuple(masks), dropped, tuple(bound))
+        return _Pass(carry.done + 1, working, tuple(rotations), tuple(masks), tuple(ranks), dropped, tuple(bound))
 
     def unfinished(carry: _Pass) -> Array:
         # Cutting a later mode can leave an earlier one with more slices than its unfolding has columns.
         dependent = [
-            jnp.sum(mask) > _columns(carry.masks, mode) for mode, mask in enumerate(carry.masks) if not whole[mode]
+            rank > _columns(carry.ranks, mode, core.shape[mode])
+            for mode, rank in enumerate(carry.ranks)
+            if not whole[mode]
         ]
         return (carry.done == 0) | jnp.any(jnp.stack(dependent))
 
@@ -183,17 +186,17 @@ def truncate(
         jnp.zeros(sizes, dtype),
         tuple(None if w else jnp.eye(m, dtype=dtype) for m, w in zip(core.shape, whole)),
         tuple(masks),
+        tuple(jnp.sum(mask, dtype=jnp.int32) for mask in masks),
         jnp.zeros((), dtype),
         (jnp.zeros((), bool),) * order,
     )
     # One loop, since further passes are rare: by themselves they would be half of the program.
     end = start._replace(core=normalized()) if all(whole) else jax.lax.while_loop(unfinished, run_pass, start)
-    ranks = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in end.masks])
     scale = jnp.where(norm > 0, norm, 1) * largest
     return Truncated(
         (end.core * scale).astype(core.dtype),
         tuple(None if p is None else p[:, :size] for p, size in zip(end.rotations, sizes)),
-        ranks,
+        jnp.stack(end.ranks),
         jnp.sqrt(end.dropped),
         jnp.stack(end.bound),
     )
@@ -206,6 +209,7 @@ class _Pass(NamedTuple):
     core: Array  # (R_1, ..., R_d), zero beyond the ranks; before the first pass not in use
     rotations: tuple[ModeArray, ...]  # (m_i, m_i), zero columns beyond the rank
     masks: tuple[Array, ...]  # bool (m_i,)
+    ranks: tuple[Array, ...]  # int32 scalars, how many are true
     dropped: Array  # scalar, energy
     bound: tuple[Array, ...]  # bool scalars
 
@@ -214,11 +218,10 @@ def _padded(core: Array, shape: tuple[int, ...]) -> Array:
     return jnp.pad(core, [(0, m - n) for m, n in zip(shape, core.shape)])
 
 
-def _columns(masks: Sequence[Array], mode: int) -> Array:
-    """How many columns an unfolding has: the product of the other ranks, int32; exact as far as it can be below a rank."""
-    ranks = [jnp.sum(mask).astype(jnp.float32) for mask in masks]
-    others = math.prod(ranks[:mode] + ranks[mode + 1 :], start=jnp.ones((), jnp.float32))
-    return jnp.minimum(others, masks[mode].shape[0]).astype(jnp.int32)
+def _columns(ranks: Sequence[Array], mode: int, highest: int) -> Array:
+    """How many columns an unfolding has: the product of the other ranks, int32; exact as far as it can be below ``highest``."""
+    others = [rank.astype(jnp.float32) for rank in (*ranks[:mode], *ranks[mode + 1 :])]
+    return jnp.minimum(math.prod(others, start=jnp.ones((), jnp.float32)), highest).astype(jnp.int32)
 
 
 def hosvd(
