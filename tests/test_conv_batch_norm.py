@@ -84,6 +84,7 @@ def test_outputs_statistics_and_theorem_1s_gradients_are_those_of_the_two_operat
         for actual, expected in zip(outputs, expected_outputs):
             np.testing.assert_allclose(actual, expected, atol=1e-12)
         assert_trees_close(grads, expected_grads, 1e-11)
+        np.testing.assert_allclose(grads[-1], expected_grads[-1], atol=1e-11)
 
 
 def test_theorem_1s_gradients_are_those_of_the_chart(rng):

@@ -123,11 +123,11 @@ def test_any_choice_of_methods_has_a_table(tmp_path):
     arguments = ["--scale", "smoke", "--sections", "steps", "--output", str(tmp_path), "--no-peers"]
     for batch in ("4", "8"):
         assert run.main([*arguments, "--methods", "factorized", "cores_only", "--batches", batch]) == 0
-    assert run.main([*arguments, "--methods", "cores_only", "factorized_at_rank", "--batches", "2"]) == 0
+    assert run.main([*arguments, "--methods", "cores_only", "amortized", "--batches", "2"]) == 0
     cells = Results(tmp_path / "steps.json").cells
     alone = cells["alexnet-width0.125-batch2-90%"]["result"]["methods"]
     assert alone["cores_only"]["ratio"]["cores_only"]["of_medians"] == 1
-    assert set(alone["factorized_at_rank"]["ratio"]) == {"cores_only"}
+    assert set(alone["amortized"]["ratio"]) == {"cores_only"}
     line = next(line for line in report.markdown(tmp_path).splitlines() if line.startswith("| factorized |"))
     assert line.count("(1.00)") == 2 and line.endswith("|  |")
 

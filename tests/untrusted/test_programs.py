@@ -152,8 +152,7 @@ def test_cut_and_altered_files_are_errors_that_name_the_file(network, tmp_path):
 def test_cut_files_with_a_new_seal_are_errors_that_name_the_file(network, tmp_path):
     """By intent; in a process of its own, which must survive."""
     body = network[: -len(export._SEAL) - 32]
-    # The function's name is stored last: without the end of that a file still holds the whole program.
-    contents = list(altered(body[: body.rindex(b"<lambda>")], 0))
+    contents = list(altered(body, 0))
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.model").write_bytes(sealed(content))
     script = """
@@ -172,4 +171,6 @@ def test_cut_files_with_a_new_seal_are_errors_that_name_the_file(network, tmp_pa
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == len(contents) >= 60
+    # The function's name is stored last: without the end of that a file may still hold the whole program.
+    damaged = sum(len(content) < body.rindex(b"<lambda>") for content in contents)
+    assert 58 <= damaged <= len(done.stdout.split()) <= len(contents)
