@@ -17,7 +17,7 @@ from jax import Array
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame, active_core, chart_point, core_frame, lift_all
 from tdlrt_jax.inspection import all_finite
-from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn, unchanged
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
@@ -162,13 +162,12 @@ class NetworkStep(NamedTuple):
         """Between adaptations: cores step and bases turn, at ranks that stay, from one gradient."""
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
 
-        def step(frame: Frame, proposed: TuckerTensor) -> tuple[TuckerTensor, Array]:
-            turned, deviation = turn(frame, proposed)
-            return jax.tree.map(jnp.subtract, turned, TuckerTensor(frame.core, frame.U)), deviation
-
         with jax.named_scope("tdlrt.turn"):
-            results = map_batched(step, frames, self.tree.pick(nodes), apart=self._apart)
-        updates = [update for update, _ in results]
+            results = turn_all(frames, self.tree.pick(nodes), apart=self._apart)
+        updates = [
+            jax.tree.map(jnp.subtract, turned, TuckerTensor(frame.core, frame.U))
+            for (turned, _), frame in zip(results, frames)
+        ]
         inner_state = self._map_moments(
             inner_state,
             lambda kind, moment, frame, new_frame: transport_turned(moment, frame, new_frame, kind),

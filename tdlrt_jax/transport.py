@@ -21,14 +21,13 @@ from jax import Array
 
 from tdlrt_jax.arguments import check_mapping
 from tdlrt_jax.frame import Frame, active_entries
-from tdlrt_jax.integrators import Augmented, embed, overlaps
+from tdlrt_jax.integrators import Augmented, TurnedTangent, embed, overlaps
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,
     TuckerTensor,
     active_columns,
     is_tucker,
-    mode_product,
     multi_mode_product,
     unfold,
 )
@@ -294,32 +293,21 @@ def transport_turned(moment: TuckerTensor, frame: Frame, new_frame: Frame, kind:
         [None if u is None else u - _dot(v, m.T) for u, v, m in pairs]
     )  # of U_i, what is outside of U_new_i
     enter = squared([None if u is None else v - _dot(u, m) for u, v, m in pairs])  # of U_new_i, what is outside of U_i
-    turns = squared(rotations)
     inside = [None if new is None else _dot(new.T, k) for new, k in zip(enter, moment.factors)]  # (R_i, R_i)
-    core = multi_mode_product(moment.core, turns, transpose=True)
-    for mode, (q, part) in enumerate(zip(q_old, inside)):
-        if part is not None:
-            core = core + mode_product(multi_mode_product(q, turns, transpose=True, skip=mode), part, mode)
+    tangent = TurnedTangent(moment.core, inside, q_old, squared(rotations))
     moments: list[ModeArray] = []
     for mode, (k, (u, v, _), leaving, q) in enumerate(zip(moment.factors, pairs, leave, q_new)):
         if k is None:
             moments.append(None)
             continue
-        columns = unfold(q, mode).T
+        columns, others = unfold(q, mode).T, tangent.but(mode)
         # In U_i along this mode, in the new bases along all others: what leaves U_new of the core and of the other K_j.
-        within = multi_mode_product(moment.core, turns, transpose=True, skip=mode)
-        for other, part in enumerate(inside):
-            if part is None or other == mode:
-                continue
-            rest = [None if j == other else m for j, m in enumerate(turns)]
-            within = within + mode_product(
-                multi_mode_product(q_old[other], rest, transpose=True, skip=mode), part, other
-            )
-        change = _dot(unfold(multi_mode_product(q_old[mode], turns, transpose=True, skip=mode), mode), columns)
+        within, change = (_dot(unfold(part, mode), columns) for part in (tangent.core(others), tangent.q(mode, others)))
         if not square:
             k = k - _dot(u, _dot(u.T, k))
             k = k - _dot(v, _dot(v.T, k))
-        moments.append(_dot(leaving, _dot(unfold(within, mode), columns)) + _dot(k, change))
+        moments.append(_dot(leaving, within) + _dot(k, change))
+    core = tangent.core(range(len(moments)))
     carried = TuckerTensor(core, tuple(moments))
     return _raised(carried, new_frame) if square else carried
 

@@ -5,7 +5,7 @@ from tdlrt_jax.integrators import fixed_rank as _fixed_rank
 from tdlrt_jax.integrators import parallel as _parallel
 from tdlrt_jax.integrators.augmentation import Augmented, augment, augment_all, embed, unchanged
 from tdlrt_jax.integrators.base import Galerkin, Integrator, Moved, Truncation
-from tdlrt_jax.integrators.turning import overlaps, project_core, turn
+from tdlrt_jax.integrators.turning import TurnedTangent, overlaps, project_core, turn, turn_all
 
 INTEGRATORS: dict[str, Integrator] = {
     "bug": _bug.bug,
@@ -20,11 +20,13 @@ __all__ = [
     "Integrator",
     "Moved",
     "Truncation",
+    "TurnedTangent",
     "augment",
     "augment_all",
     "embed",
     "overlaps",
     "project_core",
     "turn",
+    "turn_all",
     "unchanged",
 ]

@@ -8,18 +8,19 @@ is then projected onto them, exactly. On a GPU eigenproblems are most of a whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import cho_solve
 
+from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.integrators.base import polished
 from tdlrt_jax.orthonormal import cholesky_qr
-from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product, multi_mode_product
+from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, mode_product
 
-__all__ = ["overlaps", "project_core", "turn", "turned_basis"]
+__all__ = ["TurnedTangent", "overlaps", "project_core", "turn", "turn_all", "turned_basis"]
 
 
 # Of a turn, see turned_basis: the larger, the sooner it is cut; the condition number is at most that of 1 + 1 / (4 damping).
@@ -66,14 +67,71 @@ def project_core(tangent: TuckerTensor, frame: Frame, bases: Sequence[ModeArray]
     Returns:
       ``(R_1, ..., R_d)``.
     """
-    between = overlaps(frame.U, bases)
-    core = multi_mode_product(tangent.core, between, transpose=True)
-    for mode, (q, v, basis) in enumerate(zip(frame.Q, tangent.factors, bases)):
-        if basis is None:
-            continue
-        within = jnp.matmul(basis.T, v, precision=HIGHEST)
-        core = core + mode_product(multi_mode_product(q, between, transpose=True, skip=mode), within, mode)
-    return core
+    parts = [
+        None if basis is None else jnp.matmul(basis.T, v, precision=HIGHEST) for v, basis in zip(tangent.factors, bases)
+    ]
+    tangent_there = TurnedTangent(tangent.core, parts, frame.Q, overlaps(frame.U, bases))
+    return tangent_there.core(range(len(bases)))
+
+
+class TurnedTangent:
+    """The products of a tangent vector, and of the ``Q_i`` that it is made of, with the overlaps of old and new bases.
+
+    A transport needs them in the new bases of all modes and of all but one. One by one these are 80 products of a tensor of four
+    modes with a matrix; by a dimension tree, in which each is one product away from another that is there, they are 32. Each
+    is taken once, when it is first asked for.
+
+    Source: dimension trees, Phan, Tichavský & Cichocki (2013); Kaya & Robert (2019).
+    """
+
+    def __init__(self, core: Array, parts: Sequence[ModeArray], Q: Sequence[ModeArray], turns: Sequence[ModeArray]):
+        """Nothing is computed yet.
+
+        Args:
+          core: ``V_C``, ``(R_1, ..., R_d)``.
+          parts: of every ``V_{K_i}`` what lies in the new basis, ``U_new_i^T V_{K_i}``, ``(R_i, R_i)``; None for whole modes.
+          Q: of the frame.
+          turns: ``U_i^T U_new_i``, ``(R_i, R_i)``; None for whole modes.
+        """
+        self._parts, self._turns = tuple(parts), tuple(turns)
+        self._cores: dict[frozenset[int], Array] = {frozenset(): core}
+        self._q: list[dict[frozenset[int], Array]] = [{frozenset(): q} for q in Q]
+
+    def core(self, modes: Iterable[int]) -> Array:
+        """The vector in the new bases of some modes and the old ones of the others, of whose ``V_K`` it has nothing.
+
+        Where the last of the modes was still in its old basis it was the same less what the mode's ``V_K`` adds.
+        """
+        modes = frozenset(modes)
+        if modes not in self._cores:
+            last = self._last(modes)
+            before = modes - {last}
+            core = self._turned(self.core(before), last)
+            if self._parts[last] is not None:
+                core = core + mode_product(self.q(last, before), self._parts[last], last)
+            self._cores[modes] = core
+        return self._cores[modes]
+
+    def q(self, mode: int, modes: Iterable[int]) -> Array:
+        """``Q_i`` of a mode in the new bases of some others."""
+        modes, found = frozenset(modes), self._q[mode]
+        if modes not in found:
+            last = self._last(modes)
+            found[modes] = self._turned(self.q(mode, modes - {last}), last)
+        return found[modes]
+
+    def but(self, mode: int) -> frozenset[int]:
+        """All other modes."""
+        return frozenset(range(len(self._turns))) - {mode}
+
+    def _turned(self, tensor: Array, mode: int) -> Array:
+        turn = self._turns[mode]
+        return tensor if turn is None else mode_product(tensor, turn.T, mode)
+
+    def _last(self, modes: frozenset[int]) -> int:
+        """Which to take last, so that those taken before are one half of all modes wherever that can be."""
+        half = frozenset(range(len(self._turns) // 2))
+        return max(modes if half <= modes else modes & half or modes)
 
 
 def turn(frame: Frame, step: TuckerTensor) -> tuple[TuckerTensor, Array]:
@@ -83,25 +141,45 @@ def turn(frame: Frame, step: TuckerTensor) -> tuple[TuckerTensor, Array]:
       frame: the point.
       step: increments of ``C`` and of every ``K_i``, those orthogonal to ``U_i``.
     """
-    steps: list[ModeArray] = []
-    bases: list[ModeArray] = []
-    deviations = [jnp.zeros(())]
-    for u, k, d in zip(frame.U, frame.K, step.factors):
-        if u is None or d is None:
-            steps.append(None)
-            bases.append(None)
-            continue
-        outside = d - _within(u, d)
-        basis, deviation = polished(turned_basis(u, k, outside))
-        steps.append(outside)
-        bases.append(basis)
-        deviations.append(deviation)
-    core = project_core(TuckerTensor(frame.core + step.core, tuple(steps)), frame, bases)
-    return TuckerTensor(core, tuple(bases)), jnp.max(jnp.stack(deviations))
+    return turn_all([frame], [step])[0]
 
 
-def _within(basis: Array, columns: Array) -> Array:
-    return jnp.matmul(basis, jnp.matmul(basis.T, columns, precision=HIGHEST), precision=HIGHEST)
+def turn_all(
+    frames: Sequence[Frame], steps: Sequence[TuckerTensor], apart: Sequence[Hashable] | None = None
+) -> list[tuple[TuckerTensor, Array]]:
+    """:func:`turn` for all kernels of a network; bases of equal sizes are one batch, whichever kernels they belong to.
+
+    ``apart`` is of the kernels, see :func:`tdlrt_jax.batching.map_batched`.
+    """
+    modes = [(i, mode) for i, frame in enumerate(frames) for mode, u in enumerate(frame.U) if u is not None]
+    found = map_batched(
+        _turned,
+        [frames[i].U[mode] for i, mode in modes],
+        [frames[i].K[mode] for i, mode in modes],
+        [steps[i].factors[mode] for i, mode in modes],
+        apart=[None] * len(modes),
+    )
+    bases: list[list[ModeArray]] = [[None] * len(frame.U) for frame in frames]
+    outside: list[list[ModeArray]] = [[None] * len(frame.U) for frame in frames]
+    deviations = [[jnp.zeros(())] for _ in frames]
+    for (i, mode), (basis, part, deviation) in zip(modes, found):
+        bases[i][mode], outside[i][mode] = basis, part
+        deviations[i].append(deviation)
+    tangents = [
+        TuckerTensor(frame.core + step.core, tuple(parts)) for frame, step, parts in zip(frames, steps, outside)
+    ]
+    cores = map_batched(project_core, tangents, frames, list(map(tuple, bases)), apart=apart)
+    return [
+        (TuckerTensor(core, tuple(basis)), jnp.max(jnp.stack(errors)))
+        for core, basis, errors in zip(cores, bases, deviations)
+    ]
+
+
+def _turned(basis: Array, K: Array, step: Array) -> tuple[Array, Array, Array]:
+    """The turned basis, the part of the step that is orthogonal to the old one, and how far the new one was from orthonormal."""
+    outside = step - jnp.matmul(basis, jnp.matmul(basis.T, step, precision=HIGHEST), precision=HIGHEST)
+    turned, deviation = polished(turned_basis(basis, K, outside))
+    return turned, outside, deviation
 
 
 def overlaps(old: Sequence[ModeArray], new: Sequence[ModeArray]) -> list[ModeArray]:

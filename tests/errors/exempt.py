@@ -54,7 +54,10 @@ REASONS = {
         *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
         *(
             "transport.turn_moment",
-            *(f"integrators.turning.{n}" for n in ("overlaps", "project_core", "turn", "turned_basis")),
+            *(
+                f"integrators.turning.{n}"
+                for n in ("TurnedTangent", "overlaps", "project_core", "turn", "turn_all", "turned_basis")
+            ),
         ),
         *(f"integrators.augmentation.{n}" for n in ("Augmented", "augment", "augment_all", "embed", "unchanged")),
         *("integrators.augmentation.augmented_width", "integrators.augmentation.new_directions"),
