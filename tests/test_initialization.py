@@ -14,13 +14,12 @@ from tdlrt_jax.initialization import (
     dense_norm,
     initial_kernel,
     kernel_rank,
-    mode_spectra,
-    prescribe_spectra,
     tucker_from_dense,
     tucker_normal,
     tucker_normalized,
     tucker_spectral,
 )
+from tdlrt_jax.spectra import mode_spectra, prescribe_spectra
 from tests import references as ref
 
 KEY = jax.random.key(0)

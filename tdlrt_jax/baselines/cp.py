@@ -27,7 +27,7 @@ from tdlrt_jax.arguments import (
     shown,
 )
 from tdlrt_jax.conv.geometry import PaddingLike, output_size, resolve_input
-from tdlrt_jax.initialization import SMALLEST_VALUE
+from tdlrt_jax.spectra import SMALLEST_VALUE
 
 __all__ = ["CPTensor", "cp_als", "cp_conv", "cp_normal", "cp_rank", "cp_spectral", "cp_to_dense", "is_cp"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import tdlrt_jax
-from tdlrt_jax import Budget, RankPolicy, budget, capacity, initialization, ranks, report, rules, tucker
+from tdlrt_jax import Budget, RankPolicy, budget, capacity, initialization, ranks, report, rules, spectra, tucker
 from tdlrt_jax.initialization import tucker_from_dense, tucker_normal, tucker_normalized, tucker_spectral
 
 KEY = jax.random.key(0)
@@ -288,11 +288,15 @@ SUBMODULES = {
         (lambda: initial(dtype="x"), "dtype"),
         (lambda: initial(rank="x"), "rank"),
     ],
-    "initialization.prescribe_spectra": [
-        (lambda: initialization.prescribe_spectra(np.ones((2, 2)), [np.ones(2)]), "spectra"),
-        (lambda: initialization.prescribe_spectra(np.ones((2, 2)), [np.ones(3), None]), "spectra"),
+    "spectra.mode_spectra": [
+        *[(lambda v=v: spectra.mode_spectra(v, (2, 2)), "singular_values") for v in (3, "x", [[1.0]], [0.5, 1.0])],
+        *[(lambda v=v: spectra.mode_spectra(v, (2, 2)), "singular_values") for v in ([1.0], [1.0, 0.0], [[1.0], None])],
+    ],
+    "spectra.prescribe_spectra": [
+        (lambda: spectra.prescribe_spectra(np.ones((2, 2)), [np.ones(2)]), "spectra"),
+        (lambda: spectra.prescribe_spectra(np.ones((2, 2)), [np.ones(3), None]), "spectra"),
         (
-            lambda: initialization.prescribe_spectra(np.eye(2), [np.array([2.0, 1]), np.array([9.0, 1])]),
+            lambda: spectra.prescribe_spectra(np.eye(2), [np.array([2.0, 1]), np.array([9.0, 1])]),
             "singular values",
         ),
     ],
