@@ -60,7 +60,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "graph-mode": {"FLAX_NNX_GRAPH_MODE": "1", "FLAX_NNX_GRAPH_UPDATES": "1"},
 }
 EXTREMES = (ENVIRONMENTS[0], ENVIRONMENTS[-1])  # where these are set
-FLAX = ["tests/nn", "tests/models", "tests/test_checkpoint.py", "tests/test_export.py", "tests/experiments/test_job.py"]
+JOB = ["tests/experiments/test_job.py", "tests/experiments/test_programs.py"]
+FLAX = ["tests/nn", "tests/models", "tests/test_checkpoint.py", "tests/test_export.py", *JOB]
 
 # All tests; and those of everything that touches another library: transformations, modules, checkpoints, export, the main job.
 SELECTIONS: dict[str, list[str]] = {
@@ -74,7 +75,7 @@ SELECTIONS: dict[str, list[str]] = {
             "tests/test_export.py",
             "tests/test_guards.py",
         ),
-        *("tests/nn", "tests/models", "tests/experiments/test_job.py"),
+        *("tests/nn", "tests/models", *JOB),
     ],
 }
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments import plots
+from tests.experiments.jobs import DENSE, run
+
 ROOT = Path(__file__).resolve().parents[2]
 # As they were before any job ran.
 CACHE_OPTIONS = {
@@ -84,4 +87,20 @@ def tiny_tfds(tmp_path_factory, tiny_images):
                 yield index, {"image": str(path), "label": int(label)}
 
     Mnist(data_dir=str(directory), file_format="array_record").download_and_prepare()
+    return directory
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """For runs about something else: drawing takes longer than their training."""
+    monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+
+
+@pytest.fixture(scope="module")
+def finished_dense(tmp_path_factory):
+    """The directory of a dense run that went to its end."""
+    directory = tmp_path_factory.mktemp("runs") / "dense"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+        assert run(*DENSE, "--run-dir", directory) == 0
     return directory

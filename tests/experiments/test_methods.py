@@ -16,7 +16,7 @@ from experiments.methods import METHODS
 from experiments.metrics import layers, totals
 from tdlrt_jax.baselines import CPTensor, cp_to_dense
 from tdlrt_jax.tucker import is_tucker, to_dense
-from tests.experiments.test_job import interrupt_after, lines, numbers, saved_arrays
+from tests.experiments.jobs import interrupt_after, lines, numbers, saved_arrays
 
 TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2", "--no-linear", "--learning-rate", "0.05"]
 OPTIONS = {
