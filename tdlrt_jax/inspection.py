@@ -78,7 +78,7 @@ def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:
 
     One mode of each kernel tells, the last that has a factor.
     """
-    mismatch = agreement = total = jnp.zeros((), jnp.float32)
+    mismatch, agreement, total = [], [], []
     for frame, grad in zip(frames, grads):
         modes = enumerate(zip(frame.U, grad.factors, frame.Q or ()))
         told = [mode for mode, parts in modes if all(part is not None for part in parts)]
@@ -89,11 +89,20 @@ def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:
         assert u is not None and dk is not None
         inside = jnp.matmul(u.T, dk, precision=HIGHEST)
         core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
-        mismatch += jnp.sum((inside - core) ** 2).astype(jnp.float32)
-        agreement += jnp.sum(inside**2).astype(jnp.float32) + jnp.sum(core**2).astype(jnp.float32)
-        total += jnp.sum(dk**2).astype(jnp.float32) + jnp.sum(grad.core**2).astype(jnp.float32)
+        mismatch += [inside - core]
+        agreement += [inside, core]
+        total += [dk, grad.core]
     # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
-    return (mismatch > 0.25 * agreement) & (mismatch > 1e-4 * total)
+    apart = _energy(mismatch)
+    return (apart > 0.25 * _energy(agreement)) & (apart > 1e-4 * _energy(total))
+
+
+def _energy(arrays: Sequence[Array]) -> Array:
+    """The sum of all squares, a float32 scalar."""
+    large = [jnp.sum(array**2).astype(jnp.float32) for array in arrays if array.size > _SMALL]
+    small = [jnp.ravel(array).astype(jnp.float32) for array in arrays if array.size <= _SMALL]
+    together = [jnp.sum(jnp.concatenate(small) ** 2)] if small else []
+    return sum(large + together, start=jnp.zeros((), jnp.float32))
 
 
 def _is_inexact(leaf: Any) -> bool:
