@@ -98,9 +98,9 @@ class TurnedTangent:
         self._q: list[dict[frozenset[int], Array]] = [{frozenset(): q} for q in Q]
 
     def core(self, modes: Iterable[int]) -> Array:
-        """The vector in the new bases of some modes and the old ones of the others, of whose ``V_K`` it has nothing.
+        """The vector in the new bases of some modes ``D`` and the old ones of the others, of whose ``V_K`` it has nothing.
 
-        Where the last of the modes was still in its old basis it was the same less what the mode's ``V_K`` adds.
+        ``V_D = V_{D - i} ×_i turn_i^T + (Q_i ×_{j in D - i} turn_j^T) ×_i part_i``, for whichever ``i`` of ``D`` is the last.
         """
         modes = frozenset(modes)
         if modes not in self._cores:
