@@ -187,9 +187,8 @@ def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float |
         return tdlrt.tau
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
     steps = max(1, round(by * steps_per_epoch))
-    if tdlrt.between is not None:  # whole steps are few, and each of them is a look
-        return tdlrt_jax.Budget(tdlrt.budget, steps, every=1)
-    return tdlrt_jax.Budget(tdlrt.budget, steps)
+    every = 10 if tdlrt.between is None else 1  # whole steps that are few are a look each
+    return tdlrt_jax.Budget(tdlrt.budget, steps, every=every, importance=tdlrt.budget_importance)
 
 
 def _schedule(optimizer: OptimizerConfig, steps_per_epoch: int) -> Any:

@@ -158,6 +158,9 @@ class TdlrtConfig:
     """Compression of all kernels in Tucker format to reach, 0.95 to keep a twentieth; finds tau by itself, which --tau is not."""
     budget_epochs: float | None = None
     """Epochs by which --budget is reached. Default: half of all."""
+    budget_importance: Literal["error", "loss"] = "error"
+    """What decides between layers under --budget. error: one relative tolerance for all. loss: the least rise of the loss
+    that the scatter of gradients predicts."""
     freeze_epochs: float | None = None
     """Epochs after which ranks stay as they are."""
     integrator: Literal["bug", "parallel", "fixed_rank"] = "bug"
@@ -204,6 +207,8 @@ class TdlrtConfig:
             raise ValueError("--keep-momentum: momentum is kept anyway without --cores-between")
         if self.budget is None and self.budget_epochs is not None:
             raise ValueError(f"--budget-epochs {self.budget_epochs}: give a --budget with it")
+        if self.budget is None and self.budget_importance != "error":
+            raise ValueError(f"--budget-importance {self.budget_importance}: give a --budget with it")
         _at_least(self, "budget_epochs", 0.0, strict=True)
         for name, low in (
             ("freeze_epochs", 0),

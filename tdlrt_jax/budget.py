@@ -4,6 +4,9 @@ What a network may store falls along a schedule. Now and then the singular value
 just before truncation (line 11 of Algorithm 1), are looked at together, and the one relative tolerance is found at which the
 ranks that it asks for fit what may be stored. These ranks are the kernels' upper bounds until the next look. So the layers share
 the budget as one tolerance would have them do, and none has to be found by trial.
+
+Or they share it as the loss would have them do (``importance="loss"``): singular values count by what cutting them is expected to
+cost the loss for every number that it saves, see :mod:`tdlrt_jax.sensitivity`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tdlrt_jax import sensitivity
 from tdlrt_jax.arguments import check_integer, check_number
 from tdlrt_jax.ranks import RankPolicy, divisors, last_above, max_capacity, per_mode, tails
 from tdlrt_jax.tucker import (
@@ -37,6 +41,7 @@ __all__ = ["Budget", "BudgetState", "Plan", "allowed", "fit_ranks", "initial_sta
 # The tolerance is searched between these. Under the first, float32 no longer tells directions from rounding; at the second the
 # share of each mode is the whole kernel, up to nine modes, so that nothing stays but the least ranks.
 _SMALLEST, _LARGEST = 1e-4, 3.0
+_SMALLEST_WEIGHTED = 1e-7  # what the loss hardly depends on weighs that much less
 _HALVINGS = 24
 
 
@@ -56,6 +61,10 @@ class Budget:
         ``"all"``, every parameter, so that kernels make up for the layers left dense.
       every: adaptive steps between two looks at the singular values.
       power: of the schedule; 1 for a straight line.
+      importance: what decides between layers. ``"error"``: all kernels have the same relative error (the paper's tolerance,
+        by the policy's criterion). ``"loss"``: the least expected rise of the loss for what is stored, from the scatter of
+        the gradients of batches, see :mod:`tdlrt_jax.sensitivity`; directions are compared one by one, as
+        ``criterion="each"`` does.
 
     Raises:
       ValueError: for values that cannot work.
@@ -73,6 +82,7 @@ class Budget:
     of: Literal["kernels", "all"] = "kernels"
     every: int = 10
     power: float = 3.0
+    importance: Literal["error", "loss"] = "error"
 
     def __post_init__(self) -> None:
         rate = check_number("compression", self.compression, "a fraction between 0 and 1")
@@ -89,6 +99,8 @@ class Budget:
         check_integer("every", self.every, 1, "a number of adaptive steps")
         if not check_number("power", self.power, "a positive number") > 0:
             raise ValueError(f"power={self.power} must be positive")
+        if self.importance not in ("error", "loss"):
+            raise ValueError(f"importance={self.importance!r} is unknown: expected 'error' or 'loss'")
 
 
 class BudgetState(NamedTuple):
@@ -96,6 +108,7 @@ class BudgetState(NamedTuple):
 
     start: Array  # float32 scalar, numbers stored in the kernels at the beginning
     ceiling: dict[str, Array]  # int32 (d,) a kernel, ranks not to exceed
+    sensitivity: Any = ()  # a tdlrt_jax.sensitivity.Sensitivity where the loss decides
 
 
 class Plan(NamedTuple):
@@ -135,7 +148,10 @@ def initial_state(
         )
     ranks = [active_rank(kernel).astype(jnp.float32) for kernel in kernels.values()]
     start = _add([_count(plan, rank) for plan, rank in zip(plans, ranks, strict=True)])
-    return BudgetState(start, {name: jnp.array(plan.shape, jnp.int32) for name, plan in zip(kernels, plans)})
+    measured = (
+        sensitivity.start(list(kernels), [len(plan.shape) for plan in plans]) if budget.importance == "loss" else ()
+    )
+    return BudgetState(start, {name: jnp.array(plan.shape, jnp.int32) for name, plan in zip(kernels, plans)}, measured)
 
 
 def allowed(budget: Budget, state: BudgetState, params: Any, plans: Sequence[Plan], step: Array) -> Array:
@@ -163,7 +179,11 @@ def mode_energies(core: Array) -> tuple[Array, ...]:
 
 
 def fit_ranks(
-    energies: Sequence[tuple[Array, ...]], exists: Sequence[tuple[ModeArray, ...]], plans: Sequence[Plan], limit: Array
+    energies: Sequence[tuple[Array, ...]],
+    exists: Sequence[tuple[ModeArray, ...]],
+    plans: Sequence[Plan],
+    limit: Array,
+    weights: Sequence[Array] | None = None,
 ) -> tuple[list[Array], Array]:
     """The ranks of one common tolerance, the smallest at which the kernels store no more than ``limit`` numbers.
 
@@ -172,12 +192,15 @@ def fit_ranks(
       exists: per kernel and mode an int32 scalar, how many directions there are; None for a whole mode.
       plans: one a kernel.
       limit: numbers that may be stored in all of them.
+      weights: per kernel ``(d,)``, not negative: what energies of its modes' directions count for, each by itself whatever
+        the policy's criterion. Kernels with a tolerance of their own are left alone.
 
     Returns:
       int32 ``(d,)`` a kernel, ranks not to exceed (above the capacity where that is what holds a rank down), and the tolerance.
     """
 
-    modes = _side_by_side(energies, exists, plans)
+    modes = _side_by_side(energies, exists, plans, weights)
+    smallest = _SMALLEST if weights is None else _SMALLEST_WEIGHTED
 
     def choose(fits: Array, these: Any, others: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(fits, a, b), these, others)
@@ -190,7 +213,7 @@ def fit_ranks(
         # The ranks are carried and not found again from the tolerance, which in the end is a rounding away from a jump.
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high), choose(fits, candidate, best)
 
-    low, high = jnp.float32(math.log(_SMALLEST)), jnp.float32(math.log(_LARGEST))
+    low, high = jnp.float32(math.log(smallest)), jnp.float32(math.log(_LARGEST))
     _, high, best = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high, _ranks(modes, jnp.exp(high))))
     everything = _ranks(modes, jnp.float32(0))
     fits = _stored(modes, everything[0]) <= limit
@@ -218,7 +241,10 @@ class _Modes(NamedTuple):
 
 
 def _side_by_side(
-    energies: Sequence[tuple[Array, ...]], exists: Sequence[tuple[ModeArray, ...]], plans: Sequence[Plan]
+    energies: Sequence[tuple[Array, ...]],
+    exists: Sequence[tuple[ModeArray, ...]],
+    plans: Sequence[Plan],
+    weights: Sequence[Array] | None = None,
 ) -> _Modes:
     """The modes of the kernels, a kernel a row."""
     orders = [len(plan.shape) for plan in plans]
@@ -250,12 +276,20 @@ def _side_by_side(
     most = jnp.where(whole, size, jnp.minimum(there, table(useful, 1)))
     lows = table(lambda plan: per_mode(plan.policy.min_rank, len(plan.shape), "min_rank"), 1)
     curve = jnp.where(each[..., None], values, tails(values))
+    fixed = table(lambda plan: -1.0 if plan.tolerance is None else plan.tolerance, -1.0)
+    if weights is not None:
+        free = (fixed < 0) & ~whole
+        rows = jnp.where(free, stack([list(row) for row in weights], 0, jnp.float32), 0)
+        # At most one, so that the largest tolerance still cuts everything.
+        largest = jnp.max(rows)
+        rows = jnp.where(largest > 0, rows / jnp.where(largest > 0, largest, 1), 1).astype(kind)
+        curve = jnp.where(free[..., None], values * rows[..., None], curve)
     return _Modes(
         whole=whole,
         size=np.where(whole, 0, size),
         capacity=table(lambda plan: plan.capacity, 1),
         spare=table(lambda plan: plan.policy.spare, 0),
-        fixed=table(lambda plan: -1.0 if plan.tolerance is None else plan.tolerance, -1.0),
+        fixed=fixed,
         divisor=table(lambda plan: divisors(plan.whole, plan.policy), 1.0),
         rounding=rounding,
         curve=curve,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax import sensitivity
 from tdlrt_jax.arguments import check_integer
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.budget import Budget, BudgetState, Plan, allowed, fit_ranks, initial_state, mode_energies, plan_budget
@@ -97,6 +98,7 @@ class RankControl:
         step: Array,
         tolerance: Array,
         budget: Any,
+        gradients: list[TuckerTensor],
         points: list[Galerkin],
         increments: list[Array],
     ) -> tuple[list[Truncation], tuple[Any, Array] | None]:
@@ -104,7 +106,7 @@ class RankControl:
         ceilings: list[Array | None] = [None] * len(tree.kernels)
         found = None
         if isinstance(self.tolerance, Budget):
-            budget, tolerance = self._spend(tree, params, step, tolerance, budget, points, increments)
+            budget, tolerance = self._spend(tree, params, step, tolerance, budget, gradients, points, increments)
             ceilings = [budget.ceiling[name] for name in tree.names]
             found = (budget, tolerance)
         truncations = []
@@ -130,6 +132,7 @@ class RankControl:
         step: Array,
         tolerance: Array,
         state: BudgetState,
+        gradients: list[TuckerTensor],
         points: list[Galerkin],
         increments: list[Array],
     ) -> tuple[BudgetState, Array]:
@@ -137,24 +140,34 @@ class RankControl:
         budget, plans = self.tolerance, self._plans(tree)
         assert isinstance(budget, Budget)
         period = budget.every * self.adapt_every
+        apart = [whole_sizes(kernel) for kernel in tree.kernels]
+        if budget.importance == "loss":
+            cores = [grad.core for grad in gradients]
+            measured = map_batched(sensitivity.measure, tree.kernels, cores, apart=apart)
+            state = state._replace(sensitivity=sensitivity.average(state.sensitivity, dict(zip(tree.names, measured))))
 
         def look() -> tuple[BudgetState, Array]:
             energies = map_batched(
-                lambda point, increment: mode_energies(stepped_core(point, increment)),
-                points,
-                increments,
-                apart=[whole_sizes(kernel) for kernel in tree.kernels],
+                lambda point, increment: mode_energies(stepped_core(point, increment)), points, increments, apart=apart
             )
             exists = [tuple(None if v is None else jnp.sum(v, dtype=jnp.int32) for v in existing(p)) for p in points]
             # The ceilings hold until the next look: what is allowed then must fit already.
             limit = allowed(budget, state, params, plans, step + period)
-            ranks, tau = fit_ranks(energies, exists, plans, limit)
+            weights = self._weights(tree, plans, state) if budget.importance == "loss" else None
+            ranks, tau = fit_ranks(energies, exists, plans, limit, weights)
             return state._replace(ceiling=dict(zip(tree.names, ranks))), tau
 
         due = step % period < self.adapt_every
         if self.freeze_after is not None:
             due = due & (step < self.freeze_after)
         return jax.lax.cond(due, look, lambda: (state, tolerance))
+
+    def _weights(self, tree: KernelTree, plans: list[Plan], state: BudgetState) -> list[Array]:
+        """What the loss has to do with a mode's energies, for every number that cutting them saves."""
+        return [
+            state.sensitivity.mean[name] / sensitivity.cost_per_rank(plan.shape, active_rank(kernel), plan.whole)
+            for name, kernel, plan in zip(tree.names, tree.kernels, plans)
+        ]
 
     # Per kernel.
 

@@ -210,7 +210,7 @@ def tdlrt(
         before = state.inner
         if keep_momentum:
             before = network.from_anchor(before, [state.anchor[name] for name in tree.names], frames)
-        bounds = partial(control.truncations, tree, params, state.step, tau, state.budget)
+        bounds = partial(control.truncations, tree, params, state.step, tau, state.budget, tree.pick(gradients))
 
         def adaptive() -> StepOutcome:
             outcome = network.adaptive_step(scheme, frames, gradients, before, bounds, value_and_grad_fn)

@@ -105,6 +105,7 @@ def trained(rng, steps=8, adam=False, turning=False, **options):
         {"integrator": "bug", "tolerance": 1e-6},  # ranks rise until the arrays are full
         {"integrator": "bug", "adapt_every": 3, "warmup": 3},
         {"integrator": "bug", "tolerance": Budget(0.4, steps=6, every=2)},
+        {"integrator": "parallel", "tolerance": Budget(0.4, steps=6, every=2, importance="loss")},
         {"integrator": "parallel", "rules": {"second": {"tolerance": 0.3}}},
         {"integrator": "bug", "route": "randomized"},
         {"turning": True},

@@ -41,6 +41,7 @@ TOP = {
         *[(lambda value=value: Budget(0.5, steps=10, of=value), "of") for value in ("conv", None, 3)],
         *[(lambda value=value: Budget(0.5, steps=10, every=value), "every") for value in (0, 1.5, None)],
         *[(lambda value=value: Budget(0.5, steps=10, power=value), "power") for value in (0, -1, NAN, "x")],
+        *[(lambda value=value: Budget(0.5, steps=10, importance=value), "importance") for value in ("Loss", None, 1)],
     ],
     "active_rank": [(lambda: tdlrt_jax.active_rank(DENSE), "kernel"), (lambda: tdlrt_jax.active_rank(3), "kernel")],
     "array_bytes": [

@@ -21,7 +21,7 @@ REASONS = {
         *("step.StepInfo", "optimizer.TdlrtState", "baselines.pruning.PrunedState", "baselines.pruning.PruningRound"),
         *("conv.plans.Work", "dynamics.step.FlowStepInfo", "dynamics.solve.Statistics", "dynamics.solve.Trajectory"),
         *("report.LayerSummary", "report.Summary", "report.Total", "truncation.Truncated", "budget.BudgetState"),
-        "galerkin.SecondGradient",
+        *("galerkin.SecondGradient", "sensitivity.Sensitivity"),
     ),
     _ASKS: (
         *("tucker.is_tucker", "baselines.cp.is_cp", "baselines.pruning.weights_of_layers", "arguments.shown"),
@@ -33,6 +33,7 @@ REASONS = {
             f"conv.normalization.{n}"
             for n in ("normalize", "normalize_dense", "normalize_in_reverse", "normalize_pullback")
         ),
+        *(f"sensitivity.{n}" for n in ("average", "cost_per_rank", "measure", "start")),
         *("conv.onepass.apply_normalized", "conv.onepass.core_cotangent", "conv.rows.contract_rows"),
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
         *(

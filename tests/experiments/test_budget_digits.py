@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import tdlrt_jax
 from experiments import plots, train
+from experiments.config import TdlrtConfig
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.nn import TuckerConv
 
@@ -91,11 +92,13 @@ def test_a_budget_below_the_least_ranks_names_the_layers():
     tdlrt_jax.tdlrt(optax.sgd(0.1), tolerance=tdlrt_jax.Budget(0.99, steps=10)).init(params)  # which is possible
 
 
-def test_the_main_job_reaches_its_budget(tmp_path, monkeypatch):
+@pytest.mark.parametrize("importance", ["error", "loss"])
+def test_the_main_job_reaches_its_budget(tmp_path, monkeypatch, importance):
     monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
     directory = tmp_path / "run"
     options = ["--budget", "0.9", "--budget-epochs", "2", "--epochs", "3", "--limit", "320", "--batch-size", "32"]
-    assert train.main([*options, "--rank", "60", "--run-dir", str(directory)]) == 0
+    options += ["--budget-importance", importance, "--rank", "60", "--run-dir", str(directory)]
+    assert train.main(options) == 0
     result = json.loads((directory / "result.json").read_text())
     tucker = [layer for layer in result["layers"] if layer["rank"] is not None]
     assert [layer["name"] for layer in tucker] == ["conv1", "conv2", "hidden"]
@@ -114,3 +117,10 @@ def test_the_main_job_reaches_its_budget(tmp_path, monkeypatch):
     assert compressions[0] < compressions[1] - 0.01, "it is reached in the second epoch"
     assert all(abs(compression - 0.9) < 0.005 for compression in compressions[1:])
     assert result["epochs"][-1]["train_loss"] < result["epochs"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("options", [{"budget_epochs": 2.0}, {"budget_importance": "loss"}], ids=str)
+def test_options_of_a_budget_without_one(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*: give a --budget with it"):
+        TdlrtConfig(**options)

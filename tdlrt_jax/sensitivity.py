@@ -1,0 +1,80 @@
+"""What the loss has to do with a direction: how much it is expected to rise where the direction is cut.
+
+Singular values say by how much a cut changes a kernel, relative to itself, and not what that does to the loss: in
+a trained network the same relative change costs ten and more times as much in one layer as in another. Directions of one mode
+are still cut in the order of their singular values; how they compare with those of other modes and kernels is decided here.
+
+Scaling a mode's direction ``u`` by ``1 - t`` changes the loss by ``-t u^T M u`` to first order, with ``M = C_(i) G_(i)^T`` and
+``G`` the core's gradient. Near a minimum that averages out over batches, and the second order is what their scatter says: with
+the Fisher information in the place of the Hessian the loss rises by ``B/2 E[(u^T M u)^2]``, for batches of ``B`` images. Within a
+mode that is nearly proportional to the energy that is cut, so one number a mode is measured, averaged over all pairs of its
+directions: ``E[||M||_F^2] / r``. Times the energy, relative to ``||C||^2``, and ``B/2`` it is the rise of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_rank, unfold
+
+__all__ = ["Sensitivity", "average", "cost_per_rank", "measure", "start"]
+
+# Adaptive steps over which sensitivities are averaged; that of a single batch is good to a few tens of percent.
+HORIZON = 20
+
+
+class Sensitivity(NamedTuple):
+    """Running averages, what a budget that asks for the least loss remembers."""
+
+    mean: dict[str, Array]  # float32 (d,) a kernel
+    seen: Array  # int32, how many gradients are in it
+
+
+def measure(kernel: TuckerTensor, gradient: Array) -> Array:
+    """``||C_(i) G_(i)^T||_F^2 / r_i`` for every mode: what a batch's gradient says of the cost of cutting its directions.
+
+    It does not depend on the bases of the factors' ranges, nor on the kernel's scale where a normalization follows.
+
+    Args:
+      kernel: ``(n_1, ..., n_d)``, at the ranks ``r_i``.
+      gradient: of the core, of its shape.
+
+    Returns:
+      float32 ``(d,)``; times a relative energy and half the batch size the rise of the loss (in its units) where it is cut.
+
+    Source: the second-order term of the loss with the empirical Fisher information in the place of its Hessian; Molchanov et
+    al. (2019) compare channels so.
+    """
+    core, gradient = kernel.core.astype(jnp.float32), gradient.astype(jnp.float32)
+    products = [
+        jnp.matmul(unfold(core, mode), unfold(gradient, mode).T, precision=HIGHEST) for mode in range(core.ndim)
+    ]
+    return jnp.stack([jnp.sum(jnp.square(product)) for product in products]) / active_rank(kernel)
+
+
+def start(kernels: Sequence[str], orders: Sequence[int]) -> Sensitivity:
+    """Before the first gradient."""
+    return Sensitivity({name: jnp.zeros(order, jnp.float32) for name, order in zip(kernels, orders)}, jnp.int32(0))
+
+
+def average(before: Sensitivity, now: dict[str, Array]) -> Sensitivity:
+    """With the gradients of one more batch: the mean of all up to the horizon, and from there on one that forgets."""
+    seen = before.seen + 1
+    share = 1 / jnp.minimum(seen, HORIZON).astype(jnp.float32)
+    return Sensitivity({name: old + share * (now[name] - old) for name, old in before.mean.items()}, seen)
+
+
+def cost_per_rank(shape: Sequence[int], rank: Array, whole: Sequence[bool]) -> Array:
+    """Numbers stored less where a rank falls by one and the others stay: ``n_i + prod_{j != i} r_j``, float32 ``(d,)``.
+
+    Of a matrix, whose two ranks fall together, ``n_1 + n_2 + r``. A whole mode has no rank to fall, its entry says nothing.
+    """
+    sizes = jnp.array([0 if w else n for n, w in zip(shape, whole)], jnp.float32)
+    ranks = jnp.maximum(rank, 1).astype(jnp.float32)
+    if len(shape) == 2 and not any(whole):
+        return jnp.sum(sizes) + ranks
+    return sizes + jnp.prod(ranks) / ranks
