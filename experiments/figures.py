@@ -13,7 +13,16 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.tables import Statistic
 
-__all__ = ["Curves", "Point", "plot_footprint", "plot_rank_paths", "plot_robustness", "plot_tolerance", "plot_tradeoff"]
+__all__ = [
+    "Curves",
+    "Point",
+    "plot_cut_costs",
+    "plot_footprint",
+    "plot_rank_paths",
+    "plot_robustness",
+    "plot_tolerance",
+    "plot_tradeoff",
+]
 
 _MARKERS = "osD^vPX*"
 
@@ -219,3 +228,29 @@ def _legend_below(figure: Figure) -> None:
     characters = 14 * figure.get_figwidth()  # of the small font in a line, roughly
     columns = max(1, min(len(handles), int(characters / (max(map(len, handles)) + 7))))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def plot_cut_costs(cuts: Sequence[Mapping[str, Any]]) -> Figure:
+    """By how much the loss rose where directions were cut, over the energy that went and over what was expected.
+
+    Args:
+      cuts: of :func:`experiments.cut_costs.measure`.
+    """
+    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+    layers = list(dict.fromkeys(cut["layer"] for cut in cuts))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, max(len(layers), 2)))
+    titles = {"energy": "energy cut, relative to the kernel", "expected": "expected rise of the loss"}
+    for axes, (part, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        for number, layer in enumerate(layers):
+            shown = [cut for cut in cuts if cut["layer"] == layer]
+            values, rises = [cut[part] for cut in shown], [max(cut["rise"], 1e-4) for cut in shown]
+            axes.scatter(values, rises, color=colors[number], marker=_MARKERS[number % len(_MARKERS)], label=layer)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("rise of the loss")
+    low, high = figure.axes[1].get_xlim()
+    figure.axes[1].plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure

@@ -96,30 +96,12 @@ class _Step:
 
     def __init__(self, directory: Path, data_dir: Path | None):
         import jax.numpy as jnp
-        from rich.console import Console
 
-        from experiments import data
         from experiments.batches import epoch_order
-        from experiments.config import LOCATIONS, from_json
-        from experiments.interruption import Interruption
-        from experiments.run_directory import RunDirectory
-        from experiments.training import Training
+        from experiments.finished import bring_back
 
-        stored = RunDirectory(directory).result()
-        if stored is None:
-            raise ValueError(f"{directory} holds no finished run (no result.json)")
-        # Where files are is said here, not in a file.
-        options = {name: value for name, value in stored["options"].items() if name not in LOCATIONS}
-        config = from_json(options)
-        loaded = data.load(
-            config.data.dataset,
-            data_dir=data_dir,
-            validation=config.data.validation,
-            limit=config.data.limit,
-        )
-        work = Training(config, loaded, Console(quiet=True), Interruption())
+        config, stored, loaded, work = bring_back(directory, data_dir)
         self.programs, self.train = work.programs, work.train
-        work.restore_state(RunDirectory(directory).checkpoints)
         self.state = work.state
         self.order = epoch_order(config.run.seed, 0, len(loaded.train.labels), config.optimizer.batch_size)
         self.epoch, self.index = jnp.int32(0), 0

@@ -6,9 +6,12 @@ are still cut in the order of their singular values; how they compare with those
 
 Scaling a mode's direction ``u`` by ``1 - t`` changes the loss by ``-t u^T M u`` to first order, with ``M = C_(i) G_(i)^T`` and
 ``G`` the core's gradient. Near a minimum that averages out over batches, and the second order is what their scatter says: with
-the Fisher information in the place of the Hessian the loss rises by ``B/2 E[(u^T M u)^2]``, for batches of ``B`` images. Within a
-mode that is nearly proportional to the energy that is cut, so one number a mode is measured, averaged over all pairs of its
-directions: ``E[||M||_F^2] / r``. Times the energy, relative to ``||C||^2``, and ``B/2`` it is the rise of the loss.
+the Fisher information in the place of the Hessian the loss rises by ``B/2 E[(u^T M u)^2]``, for batches of ``B`` images. A core's
+own coordinates are its principal directions, as truncation leaves them, so these are squares of the diagonal of ``M``.
+
+What may be cut next are the directions with small singular values. One number a mode is measured: the sum of these squares over
+the lower half of the directions, relative to their energy. It stays what it is while ranks change and directions turn, so it can
+be averaged over batches.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.tucker import HIGHEST, TuckerTensor, active_rank, unfold
+from tdlrt_jax.tucker import TuckerTensor, active_rank, unfold
 
 __all__ = ["Sensitivity", "average", "cost_per_rank", "measure", "start"]
 
@@ -35,25 +38,33 @@ class Sensitivity(NamedTuple):
 
 
 def measure(kernel: TuckerTensor, gradient: Array) -> Array:
-    """``||C_(i) G_(i)^T||_F^2 / r_i`` for every mode: what a batch's gradient says of the cost of cutting its directions.
+    """What a batch's gradient says of the cost of cutting directions: ``sum_k M_kk^2 / sum_k e_k`` for every mode.
 
-    It does not depend on the bases of the factors' ranges, nor on the kernel's scale where a normalization follows.
+    Sums are over the lower half of the directions (rounded down, but at least one), ``M = C_(i) G_(i)^T``, and ``e_k`` are
+    energies relative to ``||C||^2``. It does not depend on the kernel's scale where a normalization follows.
 
     Args:
-      kernel: ``(n_1, ..., n_d)``, at the ranks ``r_i``.
+      kernel: ``(n_1, ..., n_d)``, at the ranks ``r_i``, as truncation left it: slices of the core in the order of their norms,
+        nearly orthogonal to one another.
       gradient: of the core, of its shape.
 
     Returns:
-      float32 ``(d,)``; times a relative energy and half the batch size the rise of the loss (in its units) where it is cut.
+      float32 ``(d,)``; times the relative energy that is cut, and half the batch size, the rise of the loss (in its units).
 
     Source: the second-order term of the loss with the empirical Fisher information in the place of its Hessian; Molchanov et
     al. (2019) compare channels so.
     """
     core, gradient = kernel.core.astype(jnp.float32), gradient.astype(jnp.float32)
-    products = [
-        jnp.matmul(unfold(core, mode), unfold(gradient, mode).T, precision=HIGHEST) for mode in range(core.ndim)
-    ]
-    return jnp.stack([jnp.sum(jnp.square(product)) for product in products]) / active_rank(kernel)
+    total = jnp.sum(jnp.square(core))
+    found = []
+    for mode, rank in enumerate(active_rank(kernel)):
+        rows = unfold(core, mode)
+        index = jnp.arange(rows.shape[0])
+        lower = (index >= jnp.minimum((rank + 1) // 2, rank - 1)) & (index < rank)
+        slopes, energies = jnp.sum(rows * unfold(gradient, mode), axis=1), jnp.sum(jnp.square(rows), axis=1)
+        cost, energy = (jnp.sum(jnp.where(lower, part, 0)) for part in (jnp.square(slopes), energies))
+        found.append(jnp.where(energy > 0, cost * total / jnp.where(energy > 0, energy, 1), 0))
+    return jnp.stack(found)
 
 
 def start(kernels: Sequence[str], orders: Sequence[int]) -> Sensitivity:
