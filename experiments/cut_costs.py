@@ -201,12 +201,13 @@ class _Network:
 
         from experiments.batches import to_device, transform_of
         from experiments.build import build_model
+        from experiments.config import LOCATIONS
         from experiments.finished import bring_back
         from experiments.metrics import cross_entropy
         from tdlrt_jax.paths import flatten_kernels
 
         config, result, loaded, work = bring_back(directory, data_dir)
-        self.options = result["options"]
+        self.options = {name: value for name, value in result["options"].items() if name not in LOCATIONS}
         self.params, state = work.state.params, work.state.model_state
         self._tree = flatten_kernels(self.params)
         self.kernels = dict(zip(self._tree.names, self._tree.kernels))
@@ -219,7 +220,7 @@ class _Network:
         self._transform = transform_of(loaded, crop=config.data.crop, flip=config.data.flip)
         model = build_model(config.model, loaded, config.run.seed)
         model.train()
-        graphdef, _, _ = nnx.split(model, nnx.Param, ...)
+        graphdef = nnx.graphdef(model)
 
         def loss(params: Any, images: Any, labels: Any) -> Any:
             return cross_entropy(nnx.merge(graphdef, params, state, copy=True)(images), labels).mean()
