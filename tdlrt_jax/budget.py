@@ -276,9 +276,10 @@ def _side_by_side(
     most = jnp.where(whole, size, jnp.minimum(there, table(useful, 1)))
     lows = table(lambda plan: per_mode(plan.policy.min_rank, len(plan.shape), "min_rank"), 1)
     curve = jnp.where(each[..., None], values, tails(values))
+    divisor = table(lambda plan: divisors(plan.whole, plan.policy), 1.0)
     fixed = table(lambda plan: -1.0 if plan.tolerance is None else plan.tolerance, -1.0)
     if weights is not None:
-        free = (fixed < 0) & ~whole
+        free = (fixed < 0) & ~whole & np.isfinite(divisor)
         rows = jnp.where(free, stack([list(row) for row in weights], 0, jnp.float32), 0)
         # At most one, so that the largest tolerance still cuts everything.
         largest = jnp.max(rows)
@@ -290,7 +291,7 @@ def _side_by_side(
         capacity=table(lambda plan: plan.capacity, 1),
         spare=table(lambda plan: plan.policy.spare, 0),
         fixed=fixed,
-        divisor=table(lambda plan: divisors(plan.whole, plan.policy), 1.0),
+        divisor=divisor,
         rounding=rounding,
         curve=curve,
         known=last_above(values, ((4 * rounding) ** 2).astype(kind)[..., None]),

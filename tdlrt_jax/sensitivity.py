@@ -22,12 +22,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.tucker import TuckerTensor, active_rank, unfold
+from tdlrt_jax.tucker import TuckerTensor, active_rank, magnitude, unfold
 
 __all__ = ["Sensitivity", "average", "cost_per_rank", "measure", "start"]
 
 # Adaptive steps over which sensitivities are averaged; that of a single batch is good to a few tens of percent.
 HORIZON = 20
+
+_LEAST = 1e-10  # of a kernel's energy, below which float32 knows nothing of directions
+_MOST = 1e15  # a slope of the loss beyond all meaning, whose square is finite
 
 
 class Sensitivity(NamedTuple):
@@ -40,8 +43,9 @@ class Sensitivity(NamedTuple):
 def measure(kernel: TuckerTensor, gradient: Array) -> Array:
     """What a batch's gradient says of the cost of cutting directions: ``sum_k M_kk^2 / sum_k e_k`` for every mode.
 
-    Sums are over the lower half of the directions (rounded down, but at least one), ``M = C_(i) G_(i)^T``, and ``e_k`` are
-    energies relative to ``||C||^2``. It does not depend on the kernel's scale where a normalization follows.
+    Sums are over the lower half of the directions (rounded down, but at least one; over all where these are hardly there),
+    ``M = C_(i) G_(i)^T``, and ``e_k`` are energies relative to ``||C||^2``. It does not depend on the kernel's scale where a
+    normalization follows.
 
     Args:
       kernel: ``(n_1, ..., n_d)``, at the ranks ``r_i``, as truncation left it: slices of the core in the order of their norms,
@@ -54,17 +58,23 @@ def measure(kernel: TuckerTensor, gradient: Array) -> Array:
     Source: the second-order term of the loss with the empirical Fisher information in the place of its Hessian; Molchanov et
     al. (2019) compare channels so.
     """
+    # Scaled to entries of about one, against under- and overflow.
     core, gradient = kernel.core.astype(jnp.float32), gradient.astype(jnp.float32)
+    largest = magnitude(core)
+    core, gradient = core / largest, gradient * largest
     total = jnp.sum(jnp.square(core))
     found = []
     for mode, rank in enumerate(active_rank(kernel)):
         rows = unfold(core, mode)
         index = jnp.arange(rows.shape[0])
         lower = (index >= jnp.minimum((rank + 1) // 2, rank - 1)) & (index < rank)
-        slopes, energies = jnp.sum(rows * unfold(gradient, mode), axis=1), jnp.sum(jnp.square(rows), axis=1)
+        energies = jnp.sum(jnp.square(rows), axis=1)
+        slopes = jnp.clip(jnp.sum(rows * unfold(gradient, mode), axis=1), -_MOST, _MOST)
+        # Directions that are hardly there say nothing of the others.
+        lower = lower | (jnp.sum(jnp.where(lower, energies, 0)) <= _LEAST * total)
         cost, energy = (jnp.sum(jnp.where(lower, part, 0)) for part in (jnp.square(slopes), energies))
         found.append(jnp.where(energy > 0, cost * total / jnp.where(energy > 0, energy, 1), 0))
-    return jnp.stack(found)
+    return jnp.minimum(jnp.stack(found), _MOST**2)
 
 
 def start(kernels: Sequence[str], orders: Sequence[int]) -> Sensitivity:

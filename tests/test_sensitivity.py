@@ -115,6 +115,11 @@ def test_scale_and_room_to_spare_make_no_difference(rng, x64):
     # Twice a kernel that is normalized afterwards has half the gradient.
     twice = kernel._replace(core=2 * kernel.core)
     np.testing.assert_allclose(sensitivity.measure(twice, gradient / 2), expected, rtol=1e-6)
+    for scale in (2.0**-100, 2.0**100):
+        other = TuckerTensor(jnp.float32(scale) * kernel.core.astype(jnp.float32), kernel.factors)
+        measured = sensitivity.measure(other, (gradient / scale).astype(jnp.float32))
+        np.testing.assert_allclose(measured, expected, rtol=1e-5)
+    assert np.all(np.isfinite(sensitivity.measure(kernel, gradient * 1e30)))
     room = [(0, 1), (0, 1), (0, 3)]
     padded = TuckerTensor(
         jnp.pad(kernel.core, room), tuple(jnp.pad(u, [(0, 0), r]) for u, r in zip(kernel.factors, room))
@@ -122,6 +127,15 @@ def test_scale_and_room_to_spare_make_no_difference(rng, x64):
     np.testing.assert_allclose(sensitivity.measure(padded, jnp.pad(gradient, room)), expected, rtol=1e-6)
     nothing = sensitivity.measure(kernel._replace(core=0 * kernel.core), gradient)
     assert nothing.tolist() == [0, 0, 0]
+
+
+def test_directions_that_are_not_there_say_nothing_of_the_others(rng, x64):
+    """Half of the directions without energy, as where more is stored than a kernel needs."""
+    kernel = random_kernel(rng, (6, 7, 8), (4, 4, 4))
+    gradient = jnp.asarray(rng.normal(size=(4, 4, 4)))
+    kernel = kernel._replace(core=kernel.core.at[2:].set(0))
+    slopes = np.sum(np.asarray(kernel.core * gradient).reshape(4, -1), axis=1)
+    np.testing.assert_allclose(sensitivity.measure(kernel, gradient)[0], np.sum(slopes**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [(False,) * 4, (True, True, False, False), (False, True, False, False)])
@@ -197,6 +211,20 @@ def test_the_ranks_are_those_with_the_least_predicted_loss(rng):
     # One tolerance for all, whatever the loss, costs more of it.
     plain, _ = fit_ranks(energies, exists, plans, jnp.float32(0.6 * total))
     assert predicted([np.asarray(rank).tolist() for rank in plain]) > 1.5 * predicted(ranks)
+
+
+def test_a_matrix_is_cut_once_whatever_its_second_mode_weighs(rng):
+    kernel = random_kernel(rng, (9, 8), (6, 6), dtype=np.float32)
+    other = random_kernel(rng, (9, 8), (6, 6), dtype=np.float32)
+    plans = [plan_budget(kernel, RankPolicy()), plan_budget(other, RankPolicy())]
+    exists = [(jnp.int32(6), jnp.int32(6))] * 2
+    energies = [mode_energies(k.core) for k in (kernel, other)]
+    found = [
+        fit_ranks(energies, exists, plans, jnp.float32(150), [jnp.array([1.0, second]), jnp.array([0.5, 1.0])])[0]
+        for second in (0.0, 1.0)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0][0].tolist() != [1, 1]
 
 
 def valid(rank):
