@@ -353,7 +353,7 @@ def test_table1_has_all_rows_and_its_protocol():
     cpu = {run.name: run.config() for run in table1.plan("cpu", None, None)}
     normalized = [name for name in cpu if "-normalized/" in name]
     assert len(normalized) == 3 * 4
-    for name in normalized:  # another norm, and for one row the rank that it has at full scale for the width
+    for name in normalized:  # another norm, and for one row the rank
         same = cpu.get(name.replace("-normalized", "-same"), cpu.get(name.replace("-normalized", "")))
         differing = {option for option in same if same[option] != cpu[name][option]}
         assert differing == {"initialization"} | ({"rank"} if name.startswith("vgg16/tdlrt") else set())
@@ -388,7 +388,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(
             one.options["method"], set()
         )
-        expected |= {"rank"} if one.name.startswith("vgg16/tdlrt/") else set()
+        expected |= {"rank", "budget_importance"} if one.name.startswith("vgg16/tdlrt/") else set()
         assert changed == expected
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
     digits = figure1.plan("smoke", 1, "digits")
