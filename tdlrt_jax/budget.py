@@ -64,7 +64,7 @@ class Budget:
       importance: what decides between layers. ``"error"``: all kernels have the same relative error (the paper's tolerance,
         by the policy's criterion). ``"loss"``: the least expected rise of the loss for what is stored, from the scatter of
         the gradients of batches, see :mod:`tdlrt_jax.sensitivity`; directions are compared one by one, as
-        ``criterion="each"`` does.
+        ``criterion="each"`` does, and the tolerance that the state shows is that of the mode that counts most.
 
     Raises:
       ValueError: for values that cannot work.

@@ -293,7 +293,7 @@ def test_every_kernel_has_its_own_numbers_whatever_the_order_of_the_names(rng):
         np.testing.assert_allclose(mean, sensitivity.measure(kernel, gradient), rtol=1e-4)
 
 
-def test_a_gradient_of_zero_leaves_the_choice_to_the_costs(rng):
+def test_a_gradient_of_zero_leaves_the_choice_to_the_energies(rng):
     """The first gradient of a network may be zero: ranks are found all the same, and the budget is kept."""
     params = {"a": random_kernel(rng, (9, 8), (6, 6), dtype=np.float32)}
     tx = tdlrt(optax.sgd(0.1), tolerance=Budget(0.5, steps=1, every=1, importance="loss"))
