@@ -83,7 +83,7 @@ def measure(
     from scipy.stats import spearmanr
 
     from experiments.run_directory import environment
-    from tdlrt_jax import active_rank, sensitivity, value_and_grad
+    from tdlrt_jax import active_rank, kernel_paths, sensitivity, value_and_grad
     from tdlrt_jax.report import layer_name
     from tdlrt_jax.tucker import fold, unfold
 
@@ -102,7 +102,7 @@ def measure(
     )
     for index in range(batches):
         _, gradients = gradient_of(network.params, *network.batch(0, index))
-        for name, gradient in network.of(gradients).items():
+        for name, gradient in kernel_paths(gradients).items():
             kernel = network.kernels[name]
             by_mode[name] = by_mode[name] + np.asarray(sensitivity.measure(kernel, gradient.core)) / batches
             for mode, (basis, _) in directions[name].items():
@@ -226,13 +226,6 @@ class _Network:
             return cross_entropy(nnx.merge(graphdef, params, state, copy=True)(images), labels).mean()
 
         self.loss = loss
-
-    def of(self, gradients: Any) -> dict[str, Any]:
-        """The kernels' gradients by name."""
-        from tdlrt_jax.paths import flatten_kernels
-
-        tree = flatten_kernels(gradients)
-        return dict(zip(tree.names, tree.kernels))
 
     def replaced(self, name: str, kernel: Any) -> Any:
         """The parameters with another kernel of that name."""

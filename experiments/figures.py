@@ -233,6 +233,8 @@ def _legend_below(figure: Figure) -> None:
 def plot_cut_costs(cuts: Sequence[Mapping[str, Any]]) -> Figure:
     """By how much the loss rose where directions were cut, over the energy that went and over what was expected.
 
+    Where it rose by less than 1e-4, or fell, it is drawn at that.
+
     Args:
       cuts: of :func:`experiments.cut_costs.measure`.
     """

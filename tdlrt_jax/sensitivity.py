@@ -22,11 +22,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.tucker import TuckerTensor, active_rank, magnitude, unfold
+from tdlrt_jax.tucker import TuckerTensor, active_rank, magnitude
 
 __all__ = ["Sensitivity", "average", "cost_per_rank", "measure", "start"]
 
-# Adaptive steps over which sensitivities are averaged; that of a single batch is good to a few tens of percent.
+# Adaptive steps over which sensitivities are averaged: a single batch's are the squares of a few random numbers.
 HORIZON = 20
 
 _LEAST = 1e-10  # of a kernel's energy, below which float32 knows nothing of directions
@@ -62,14 +62,15 @@ def measure(kernel: TuckerTensor, gradient: Array) -> Array:
     core, gradient = kernel.core.astype(jnp.float32), gradient.astype(jnp.float32)
     largest = magnitude(core)
     core, gradient = core / largest, gradient * largest
-    total = jnp.sum(jnp.square(core))
+    squares, products = jnp.square(core), core * gradient
+    total = jnp.sum(squares)
     found = []
     for mode, rank in enumerate(active_rank(kernel)):
-        rows = unfold(core, mode)
-        index = jnp.arange(rows.shape[0])
+        others = tuple(other for other in range(core.ndim) if other != mode)
+        index = jnp.arange(core.shape[mode])
         lower = (index >= jnp.minimum((rank + 1) // 2, rank - 1)) & (index < rank)
-        energies = jnp.sum(jnp.square(rows), axis=1)
-        slopes = jnp.clip(jnp.sum(rows * unfold(gradient, mode), axis=1), -_MOST, _MOST)
+        energies = jnp.sum(squares, others)
+        slopes = jnp.clip(jnp.sum(products, others), -_MOST, _MOST)
         # Directions that are hardly there say nothing of the others.
         lower = lower | (jnp.sum(jnp.where(lower, energies, 0)) <= _LEAST * total)
         cost, energy = (jnp.sum(jnp.where(lower, part, 0)) for part in (jnp.square(slopes), energies))

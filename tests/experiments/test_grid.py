@@ -388,8 +388,8 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(
             one.options["method"], set()
         )
-        loss = one.name.startswith(("vgg16/tdlrt/", "alexnet/tdlrt/"))
-        expected |= {"rank", "budget_importance"} if loss else set()
+        shared_by_loss = one.name.startswith(("vgg16/tdlrt/", "alexnet/tdlrt/"))
+        expected |= {"rank", "budget_importance"} if shared_by_loss else set()
         assert changed == expected
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
     digits = figure1.plan("smoke", 1, "digits")
