@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,16 @@ def memory_of(compiled: Any) -> dict[str, int]:
 class TrainingStep:
     """A compiled training step of a method, with its state; ``run()`` takes one and waits for it."""
 
-    def __init__(self, network: Network, method: str, *, learning_rate: float = 0.01, momentum: float = 0.9):
+    def __init__(
+        self,
+        network: Network,
+        method: str,
+        *,
+        learning_rate: float = 0.01,
+        momentum: float = 0.9,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        self.compiler_options = dict(compiler_options or {})
         ordinary = method in ("factorized", "paper")
         # What is run beside a first program, and whether a call takes several steps of it.
         between = {"amortized": "cores_only", "amortized_turning": "ranks_stay"}.get(method.removesuffix("_at_once"))
@@ -93,7 +102,7 @@ class TrainingStep:
         function = function if steps == 1 else several(function, steps)
         lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(self.compiler_options)
         self.seconds_to["trace"] += traced - started
         self.seconds_to["compile"] += time.perf_counter() - traced
         return compiled

@@ -254,6 +254,23 @@ def _pages(result: dict[str, Any]) -> str:
     return f"Seconds of a step without and with {settings}.\n\n{table(['method', *of, 'ratio'], rows)}"
 
 
+def _compiler(result: dict[str, Any]) -> str:
+    rows = []
+    for method, entry in result["methods"].items():
+        rows.append(
+            [
+                method,
+                *[f"{entry[name]['seconds']:.1f}" for name in ("without", "with")],
+                *[f"{entry[name]['host_bytes'] / MIB:.0f}" for name in ("without", "with")],
+                *[f"{entry[name]['step_seconds']['median']:.4g}" for name in ("without", "with")],
+                f"{entry['step_ratio']['of_medians']:.2f}",
+            ]
+        )
+    options = ", ".join(f"`{name}={value}`" for name, value in result["options"].items())
+    header = ["method", "compiling [s]", "with", "host [MiB]", "with", "step [s]", "with", "ratio"]
+    return f"Without and with {options or 'any options'}.\n\n{table(header, rows)}"
+
+
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": _steps,
     "inference": _inference,
@@ -263,4 +280,5 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "truncation": _truncation,
     "convolutions": _convolutions,
     "pages": _pages,
+    "compiler": _compiler,
 }

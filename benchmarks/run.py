@@ -24,7 +24,7 @@ from experiments.process import start_over
 
 __all__ = ["SCALES", "SECTIONS", "main"]
 
-SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages")
+SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages", "compiler")
 _METHODS = (
     "dense",
     "factorized",

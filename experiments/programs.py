@@ -82,7 +82,10 @@ class Programs:
         steps = {True: step} if between is None else {True: step, False: between}
         self._steps = {
             whole: jax.jit(
-                step if at_once == 1 else _several(step, at_once), donate_argnums=0, out_shardings=devices.same
+                step if at_once == 1 else _several(step, at_once),
+                donate_argnums=0,
+                out_shardings=devices.same,
+                compiler_options=tdlrt_jax.compiler_options(),
             )
             for whole, step in steps.items()
         }
@@ -241,7 +244,7 @@ def build_programs(
         kept = jax.lax.cond(healthy, lambda: after, lambda: state._replace(healthy=healthy))
         return kept, StepReport(loss, hits, finite, status)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=tdlrt_jax.compiler_options())
     def evaluate_batch(
         params: Any, model_state: Any, data: DeviceImages, indices: Array, weights: Array
     ) -> tuple[Array, Array]:

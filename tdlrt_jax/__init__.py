@@ -3,6 +3,7 @@
 from tdlrt_jax.averaging import average
 from tdlrt_jax.budget import Budget
 from tdlrt_jax.capacity import array_bytes, canonicalize, fit_capacity, full_kernels, resize
+from tdlrt_jax.compilation import compiler_options
 from tdlrt_jax.conv import tucker_conv, tucker_linear
 from tdlrt_jax.frame import Frame, lift, value_and_grad
 from tdlrt_jax.galerkin import value_and_two_grads
@@ -31,6 +32,7 @@ __all__ = [
     "array_bytes",
     "average",
     "canonicalize",
+    "compiler_options",
     "densify",
     "describe_status",
     "fit_capacity",

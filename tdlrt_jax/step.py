@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, check_integer, check_transformation
+from tdlrt_jax.arguments import check_callable, check_integer, check_mapping, check_transformation
 from tdlrt_jax.frame import core_frame, value_and_grad
 from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
 from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
@@ -45,6 +45,7 @@ def tdlrt_step(
     second_pass: bool = False,
     cores_only: bool = False,
     ranks_stay: bool = False,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """One jitted training step of parameters with Tucker kernels.
 
@@ -70,6 +71,8 @@ def tdlrt_step(
         ranks, see :mod:`tdlrt_jax.integrators.turning`, and all that the inner state remembers is carried along. Dearer than
         one with ``cores_only``; alternate it with whole steps as those.
       donate: let the step reuse the buffers of ``params``, ``opt_state`` and ``model_state``, which must not be used afterwards.
+      compiler_options: those of :func:`jax.jit`, such as :func:`tdlrt_jax.compiler_options`. JAX refuses them where the step is
+        called in another jitted function: give them to that one.
 
     Returns:
       ``step(params, opt_state, *batch) -> (params, opt_state, info)``; with ``has_state``
@@ -78,8 +81,8 @@ def tdlrt_step(
       it was and ``info.status`` says so; ``info.skipped`` counts such steps in a row.
 
     Raises:
-      ValueError: for ``accumulate`` below 1, a batch that it does not divide, or more than one of ``second_pass``, ``cores_only``
-        and ``ranks_stay``.
+      ValueError: for ``accumulate`` below 1, a batch that it does not divide, more than one of ``second_pass``, ``cores_only``
+        and ``ranks_stay``, or ``compiler_options`` that are no mapping.
 
     Example:
       >>> import jax.numpy as jnp, optax, tdlrt_jax
@@ -95,6 +98,9 @@ def tdlrt_step(
     check_transformation("tx", tx)
     check_integer("accumulate", accumulate, 1, "a number of micro-batches")
     check_kind_of_step(cores_only, ranks_stay)
+    if compiler_options is not None:
+        check_mapping("compiler_options", compiler_options, "from names of XLA's options to their values")
+    options = dict(compiler_options) if compiler_options else None
     if second_pass and (cores_only or ranks_stay):
         which = "cores_only" if cores_only else "ranks_stay"
         raise ValueError(f"second_pass=True: a step with {which} has no second gradient, leave one of them out")
@@ -179,13 +185,13 @@ def tdlrt_step(
         return optax.apply_updates(params, updates), after, model_state, report(after, loss, aux, status)
 
     if has_state:
-        return jax.jit(step, donate_argnums=(0, 1, 2) if donate else ())
+        return jax.jit(step, donate_argnums=(0, 1, 2) if donate else (), compiler_options=options)
 
     def stateless_step(params: Any, opt_state: Any, *batch: Any) -> tuple:
         params, opt_state, _, info = step(params, opt_state, None, *batch)
         return params, opt_state, info
 
-    return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else ())
+    return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else (), compiler_options=options)
 
 
 def check_kind_of_step(cores_only: bool, ranks_stay: bool) -> None:

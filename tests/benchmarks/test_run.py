@@ -119,6 +119,19 @@ def test_inference_of_all_forms_from_the_command_to_the_table(tmp_path):
     assert "| form | images / s |" in text and "| exported |" in text
 
 
+def test_compiling_with_options_and_without_from_the_command_to_the_table(tmp_path):
+    arguments = ["--scale", "smoke", "--sections", "compiler", "--methods", "dense", "--output", str(tmp_path)]
+    assert run.main([*arguments, "--no-peers"]) == 0
+    (cell,) = Results(tmp_path / "compiler.json").cells.values()
+    assert set(cell["result"]["methods"]) == {"dense"}
+    entry = cell["result"]["methods"]["dense"]
+    for name in ("without", "with"):
+        assert entry[name]["seconds"] > 0 and entry[name]["host_bytes"] > 0
+        assert entry[name]["step_seconds"]["median"] > 0
+    assert entry["step_ratio"]["of_medians"] > 0
+    assert "| dense |" in report.markdown(tmp_path)
+
+
 def test_any_choice_of_methods_has_a_table(tmp_path):
     arguments = ["--scale", "smoke", "--sections", "steps", "--output", str(tmp_path), "--no-peers"]
     for batch in ("4", "8"):

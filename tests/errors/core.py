@@ -160,6 +160,7 @@ TOP = {
         (lambda: tdlrt_jax.tdlrt_step(loss, optax.sgd(0.1), second_pass=True, ranks_stay=True), "second_pass"),
         (lambda: tdlrt_jax.tdlrt_step(loss, optax.sgd(0.1), cores_only=True, ranks_stay=True), "ranks_stay"),
         *[(step(accumulate=value), "accumulate") for value in (0, -1, 1.5, "x", None)],
+        *[(step(compiler_options=value), "compiler_options") for value in (0, "x", ["xla_cpu_use_fusion_emitters"])],
         (lambda: step(accumulate=2)()(TREE, optax.sgd(0.1).init(TREE), jnp.ones(3)), "accumulate"),
     ],
     "to_dense": [(lambda v=value: tdlrt_jax.to_dense(v), "kernel") for value in ("x", None, {"w": KERNEL})],

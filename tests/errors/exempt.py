@@ -9,6 +9,7 @@ _DERIVED = "computed from a model that the caller has checked"
 _STORED = "a part of save and restore, which check what they are given"
 _CHECKER = "a check itself, with the argument's name as an argument: tests/errors shows it through its callers"
 _RAISED = "an error to be raised"
+_NOTHING = "takes no arguments"
 
 REASONS = {
     _NODE: (
@@ -114,5 +115,6 @@ REASONS = {
         "checkpoint.leaves.younger",
     ),
     _RAISED: ("checkpoint.DamagedError",),
+    _NOTHING: ("compiler_options",),
 }
 EXEMPT = {name: reason for reason, names in REASONS.items() for name in names}

@@ -1,0 +1,51 @@
+"""How XLA is asked to compile steps: fast where that costs nothing later."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import jax
+
+__all__ = ["compiler_options"]
+
+# A step is thousands of small fused kernels on the CPU, and compiling them is what counts: most of its time goes into the matrix
+# products and factorizations of libraries, whichever way the kernels around them are compiled.
+_ON_CPU: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 1,
+    # The emitters by way of MLIR, which are the default, also keep gigabytes of the host's memory.
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+def compiler_options() -> dict[str, bool | int]:
+    """Options with which the CPU's programs compile in about half the time and with half the memory; none for other devices.
+
+    For ``jax.jit(..., compiler_options=...)``, for ``jitted.lower(...).compile(...)`` and for :func:`tdlrt_jax.tdlrt_step`. Steps
+    take as long as without them (``python -m benchmarks.run --sections compiler`` measures both), and differ from those by
+    rounding. They are options of XLA, not of JAX: those that the installed jaxlib does not know are left out, as are those that
+    ``XLA_FLAGS`` sets.
+
+    Returns:
+      Names and values; empty where there is nothing to say, and on anything but a CPU.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> double = jax.jit(lambda x: 2 * x, compiler_options=tdlrt_jax.compiler_options())
+      >>> double(jnp.ones(2)).tolist()
+      [2.0, 2.0]
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    given = set(re.findall(r"xla_\w+", os.environ.get("XLA_FLAGS", "")))
+    return {name: value for name, value in _ON_CPU.items() if name not in given and _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: bool | int) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

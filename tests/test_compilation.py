@@ -1,0 +1,69 @@
+"""The options that programs are compiled with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tdlrt_jax
+from tdlrt_jax import compilation
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options for the CPU")
+
+
+@pytest.fixture
+def no_flags(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+@on_cpu
+def test_options_are_those_that_this_jaxlib_knows(no_flags, monkeypatch):
+    monkeypatch.setattr(compilation, "_ON_CPU", {**compilation._ON_CPU, "xla_no_such_option": True})
+    options = tdlrt_jax.compiler_options()
+    assert options["xla_backend_optimization_level"] == 1
+    assert "xla_no_such_option" not in options
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+@on_cpu
+def test_what_the_user_sets_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3 --xla_force_host_platform_device_count=2")
+    assert "xla_backend_optimization_level" not in tdlrt_jax.compiler_options()
+
+
+def test_other_devices_have_none(no_flags, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert tdlrt_jax.compiler_options() == {}
+
+
+def step_with(compiler_options):
+    params = {"w": tdlrt_jax.hosvd(jnp.arange(12.0).reshape(3, 4) / 12, rank=2)}
+    tx = tdlrt_jax.tdlrt(optax.sgd(0.01), tolerance=0.05)
+
+    def loss_fn(params, x, y):
+        return jnp.mean((tdlrt_jax.tucker_linear(x, params["w"]) - y) ** 2)
+
+    step = tdlrt_jax.tdlrt_step(loss_fn, tx, donate=False, compiler_options=compiler_options)
+    return functools.partial(step, params, tx.init(params), jnp.ones((8, 3)), jnp.ones((8, 4)))
+
+
+@on_cpu
+def test_a_step_is_the_same_with_them(no_flags):
+    with_them, without = step_with(tdlrt_jax.compiler_options())(), step_with(None)()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), with_them[0], without[0])
+
+
+@on_cpu
+def test_a_step_hands_them_to_the_compiler():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        step_with({"xla_no_such_option": True})()
+
+
+@on_cpu
+def test_in_another_jitted_function_they_are_refused_not_ignored(no_flags):
+    step = step_with(tdlrt_jax.compiler_options())
+    with pytest.raises(ValueError, match="compiler_options"):
+        jax.jit(lambda: step())()
