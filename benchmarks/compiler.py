@@ -103,4 +103,5 @@ def _options(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, given_network, *rest = json.loads(sys.argv[1])
-    print(json.dumps({"compile": _compile, "steps": _steps}[what](Network(*given_network), *rest)))
+    measure: Callable[..., Any] = {"compile": _compile, "steps": _steps}[what]
+    print(json.dumps(measure(Network(*given_network), *rest)))

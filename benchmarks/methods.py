@@ -166,7 +166,7 @@ def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Calla
     if method not in JAX_METHODS:
         raise ValueError(f"method={method!r} is unknown: expected one of {', '.join(JAX_METHODS)}")
     kinds = {"bug_second_pass": "second_pass", "cores_only": "cores_only", "ranks_stay": "ranks_stay"}
-    how = {kinds[method]: True} if method in kinds else {}
+    how: dict[str, Any] = {kinds[method]: True} if method in kinds else {}
     inner_step = tdlrt_jax.tdlrt_step(loss_fn, tx, has_state=True, donate=False, **how)
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:

@@ -209,7 +209,7 @@ def build_programs(
         hits = jnp.sum(correct(logits, labels), dtype=jnp.int32)
         return jnp.mean(cross_entropy(logits, labels)), (new_model_state, hits)
 
-    def step_of(**kind: bool) -> Callable[..., tuple[Any, Any, Any, Array, Array, Array]]:
+    def step_of(**kind: Any) -> Callable[..., tuple[Any, Any, Any, Array, Array, Array]]:
         """``advance(params, opt_state, model_state, *batch)``: new ones; loss, hits and status of the step."""
         inner = tdlrt_jax.tdlrt_step(loss_fn, tx, has_aux=True, has_state=True, donate=False, **kind)
 
