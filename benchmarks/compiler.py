@@ -103,5 +103,5 @@ def _options(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, given_network, *rest = json.loads(sys.argv[1])
-    measure: Callable[..., Any] = {"compile": _compile, "steps": _steps}[what]
-    print(json.dumps(measure(Network(*given_network), *rest)))
+    measures: dict[str, Callable[..., Any]] = {"compile": _compile, "steps": _steps}
+    print(json.dumps(measures[what](Network(*given_network), *rest)))
