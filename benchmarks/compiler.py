@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Cell, Options
@@ -36,31 +37,33 @@ def cells(options: Options) -> list[Cell]:
 def _measure(options: Options, network: Network, say: Callable[[str], None]) -> dict[str, Any]:
     import tdlrt_jax
 
-    found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as cache:
+    def child(cache: Path, *arguments: Any) -> Any:
+        command = [sys.executable, "-m", "benchmarks.compiler", json.dumps(arguments)]
         environ = {
             **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
 
-        def child(*arguments: Any) -> Any:
-            command = [sys.executable, "-m", "benchmarks.compiler", json.dumps(arguments)]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-            return json.loads(done.stdout.splitlines()[-1])
-
-        for method in (method for method in METHODS if method in options.methods):
+    found: dict[str, dict[str, Any]] = {}
+    for method in (method for method in METHODS if method in options.methods):
+        with tempfile.TemporaryDirectory() as directory:
             entry: dict[str, Any] = {}
+            both = Path(directory) / "both"
             for name in (WITHOUT, WITH):
                 say(f"compiling {method} {name} the options")
-                entry[name] = child("compile", network, method, name)
+                own = Path(directory) / name  # empty, so that both compile all there is
+                entry[name] = child(own, "compile", network, method, name)
+                shutil.copytree(own, both, dirs_exist_ok=True)
             say(f"timing {options.rounds} rounds of {method}")
-            seconds = child("steps", network, method, options.rounds)
-            for name, values in seconds.items():
-                entry[name]["step_seconds"] = spread(values)
-            found[method] = {**entry, "step_ratio": ratio(seconds, WITH, WITHOUT)}
+            seconds = child(both, "steps", network, method, options.rounds)
+        for name, values in seconds.items():
+            entry[name]["step_seconds"] = spread(values)
+        found[method] = {**entry, "step_ratio": ratio(seconds, WITH, WITHOUT)}
     return {
         "network": network._asdict(),
         "options": tdlrt_jax.compiler_options(),
@@ -70,21 +73,14 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
 
 
 def _compile(network: Network, method: str, name: str) -> dict[str, float]:
-    """Seconds of compiling a step's program, by the wall's clock and the processor's, and the memory of the host it took."""
-    import jax
-
+    """Seconds of tracing and of compiling a step, and what the latter needed of the host's memory."""
     from benchmarks.methods import TrainingStep
 
-    # All but the step, compiled before: what is left of the process' memory is the compiler's.
-    jax.block_until_ready(jax.numpy.ones(3) + 1)
-    before = resource.getrusage(resource.RUSAGE_SELF)
     step = TrainingStep(network, method, compiler_options=_options(name))
-    after = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": step.seconds_to["compile"],
         "trace_seconds": step.seconds_to["trace"],
-        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "host_bytes": 1024 * (after.ru_maxrss - before.ru_maxrss),
+        "host_bytes": step.host_bytes,
     }
 
 

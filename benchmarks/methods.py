@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,6 +69,7 @@ class TrainingStep:
         compiler_options: Mapping[str, Any] | None = None,
     ):
         self.compiler_options = dict(compiler_options or {})
+        self.host_bytes = 0  # by which compiling made the process' peak of memory grow
         ordinary = method in ("factorized", "paper")
         # What is run beside a first program, and whether a call takes several steps of it.
         between = {"amortized": "cores_only", "amortized_turning": "ranks_stay"}.get(method.removesuffix("_at_once"))
@@ -101,10 +103,11 @@ class TrainingStep:
         started = time.perf_counter()
         function = function if steps == 1 else several(function, steps)
         lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
-        traced = time.perf_counter()
+        traced, before = time.perf_counter(), peak_of_host()
         compiled = lowered.compile(self.compiler_options)
         self.seconds_to["trace"] += traced - started
         self.seconds_to["compile"] += time.perf_counter() - traced
+        self.host_bytes += peak_of_host() - before
         return compiled
 
     def run(self) -> float:
@@ -132,6 +135,15 @@ class TrainingStep:
             "ranks": {name: [int(r) for r in tdlrt_jax.active_rank(kernel)] for name, kernel in kernels.items()},
             "loss": None if self.loss is None else float(self.loss),
         }
+
+
+def peak_of_host() -> int:
+    """Bytes of the host's memory that this process has had at most; 0 where the platform does not say."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def several(step: Callable[..., Any], steps: int) -> Callable[..., Any]:

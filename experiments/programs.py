@@ -64,6 +64,7 @@ class Programs:
       devices: that share every batch.
       between: a step to be taken in the place of ``step`` where ``train(..., whole=False)``; the same by default.
       at_once: steps that one call may take; with more than one, ``step`` is compiled in a loop.
+      compiler_options: of :func:`jax.jit`, for the steps.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Programs:
         devices: Devices = ONE_DEVICE,
         between: Callable[..., tuple[TrainState, StepReport]] | None = None,
         at_once: int = 1,
+        compiler_options: dict[str, Any] | None = None,
     ):
         self.evaluate, self.at_once = evaluate, at_once
         self.compilations = 0
@@ -85,7 +87,7 @@ class Programs:
                 step if at_once == 1 else _several(step, at_once),
                 donate_argnums=0,
                 out_shardings=devices.same,
-                compiler_options=tdlrt_jax.compiler_options(),
+                compiler_options=compiler_options,
             )
             for whole, step in steps.items()
         }
@@ -244,7 +246,7 @@ def build_programs(
         kept = jax.lax.cond(healthy, lambda: after, lambda: state._replace(healthy=healthy))
         return kept, StepReport(loss, hits, finite, status)
 
-    @partial(jax.jit, compiler_options=tdlrt_jax.compiler_options())
+    @jax.jit
     def evaluate_batch(
         params: Any, model_state: Any, data: DeviceImages, indices: Array, weights: Array
     ) -> tuple[Array, Array]:
@@ -265,7 +267,9 @@ def build_programs(
     kinds = {"cores": "cores_only", "bases": "ranks_stay"}
     whole = step_of() if adaptive else plain
     frequent = None if between is None else partial(step, step_of(**{kinds[between]: True}))
-    programs = Programs(partial(step, whole), evaluate, devices, frequent, at_once)
+    # Of other methods a step compiles in seconds, and a dense one then takes some percent longer.
+    options = tdlrt_jax.compiler_options() if adaptive else None
+    programs = Programs(partial(step, whole), evaluate, devices, frequent, at_once, options)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.
     return programs, jax.tree.map(jnp.copy, start)
