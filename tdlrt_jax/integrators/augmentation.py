@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -52,18 +53,21 @@ class Augmented(NamedTuple):
     def place(self, mode: int, new: Array, axis: int = 0) -> Array:
         """What belongs to the columns of ``Ũ_i``, ``A_i`` along an axis, as ``M_i`` along it, zero where ``U_i`` is.
 
-        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, wherever the others
-        come to lie.
+        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, and of the others those
+        that do not are cut.
         """
         u = self.frame.U[mode]
         assert u is not None
-        free = self.capacity[mode] - new.shape[axis]
-        before = 0 if batching.few_and_large() else min(u.shape[1], free)
+        total, rank = self.capacity[mode], u.shape[1]
+        free = total - new.shape[axis]
         widths = [(0, 0)] * new.ndim
-        widths[axis] = (before, free - before)
-        placed = jnp.pad(new, widths)
-        fits = before == u.shape[1]
-        return placed if fits else jnp.roll(placed, jnp.sum(active_columns(u)) - before, axis)
+        if rank <= free and not batching.few_and_large():
+            widths[axis] = (rank, free - rank)
+            return jnp.pad(new, widths)
+        # A window of an array with room on both sides. (jnp.roll searches the whole trace where its shift is traced, for a message
+        # that nobody sees; a large network's step then takes seconds longer to trace.)
+        widths[axis] = (rank, free)
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(new, widths), rank - jnp.sum(active_columns(u)), total, axis)
 
     def join(self, mode: int, old: Array, new: Array, axis: int = 0) -> Array:
         """The same with what belongs to the columns of ``U_i``, ``R_i`` along the axis, which is zero where they are."""
