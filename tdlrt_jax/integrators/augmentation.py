@@ -53,8 +53,8 @@ class Augmented(NamedTuple):
     def place(self, mode: int, new: Array, axis: int = 0) -> Array:
         """What belongs to the columns of ``Ũ_i``, ``A_i`` along an axis, as ``M_i`` along it, zero where ``U_i`` is.
 
-        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, and of the others those
-        that do not are cut.
+        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, and of the others what
+        does not is cut.
         """
         u = self.frame.U[mode]
         assert u is not None
@@ -64,8 +64,8 @@ class Augmented(NamedTuple):
         if rank <= free and not batching.few_and_large():
             widths[axis] = (rank, free - rank)
             return jnp.pad(new, widths)
-        # A window of an array with room on both sides. (jnp.roll searches the whole trace where its shift is traced, for a message
-        # that nobody sees; a large network's step then takes seconds longer to trace.)
+        # A window of an array with room on both sides. (jnp.roll searches the whole trace where its shift is traced, for a
+        # message that nobody sees; a large network's step then takes seconds longer to trace.)
         widths[axis] = (rank, free)
         return jax.lax.dynamic_slice_in_dim(jnp.pad(new, widths), rank - jnp.sum(active_columns(u)), total, axis)
 
