@@ -53,8 +53,8 @@ class Augmented(NamedTuple):
     def place(self, mode: int, new: Array, axis: int = 0) -> Array:
         """What belongs to the columns of ``Ũ_i``, ``A_i`` along an axis, as ``M_i`` along it, zero where ``U_i`` is.
 
-        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``, and what of the others
-        does not is cut.
+        ``new`` is zero where a column of ``Ũ_i`` is: the columns that exist fit in beside those of ``U_i``; zeros that do not
+        are cut.
         """
         u = self.frame.U[mode]
         assert u is not None
