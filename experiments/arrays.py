@@ -9,7 +9,7 @@ from experiments.metrics import layer_name
 from experiments.programs import TrainState
 from tdlrt_jax.capacity import COMPILATION_STEPS, full_kernels
 
-__all__ = ["fit_arrays", "full_layers", "pressing_note"]
+__all__ = ["fit_arrays", "full_layers", "pressing_note", "steps_at_new_sizes"]
 
 
 def full_layers(params: Any, max_rank: int | None) -> list[str]:
@@ -54,6 +54,23 @@ def fit_arrays(
         return state
     params, opt_state = (tdlrt_jax.resize(tree, wanted) for tree in (state.params, state.opt_state))
     return state._replace(params=params, opt_state=opt_state)
+
+
+def steps_at_new_sizes(step: int, last: int, budget: int | None) -> int:
+    """How many steps arrays are good for that fit the ranks now: all that are left, or up to where a budget is reached.
+
+    Until then ranks fall, and the arrays would follow them once more there.
+
+    Args:
+      step: the steps taken.
+      last: all steps of the run.
+      budget: the step at which the budget is reached, if there is one.
+
+    Example:
+      >>> steps_at_new_sizes(100, 1000, 300), steps_at_new_sizes(300, 1000, 300), steps_at_new_sizes(100, 1000, None)
+      (200, 700, 900)
+    """
+    return (last if budget is None or not step < budget else min(budget, last)) - step
 
 
 def _bounds(params: Any, max_rank: int | None) -> dict[str, list[int]] | None:

@@ -27,7 +27,16 @@ from tdlrt_jax.nn.layers import default_kernel_init
 from tdlrt_jax.nn.summary import layer_kind, layers_with_kernels, module_path
 from tdlrt_jax.tucker import is_tucker
 
-__all__ = ["after_epoch", "build_descent", "build_model", "build_optimizer", "is_pruned", "kinds_of", "learning_rate"]
+__all__ = [
+    "after_epoch",
+    "budget_steps",
+    "build_descent",
+    "build_model",
+    "build_optimizer",
+    "is_pruned",
+    "kinds_of",
+    "learning_rate",
+]
 
 _MODELS = {"lenet5": models.LeNet5, "alexnet": models.AlexNet, "vgg16": models.VGG16, "resnet18": models.ResNet18}
 
@@ -182,11 +191,18 @@ def build_optimizer(
     )
 
 
-def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float | tdlrt_jax.Budget:
+def budget_steps(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> int | None:
+    """Steps by which the budget is reached; ``None`` without one."""
     if tdlrt.budget is None:
-        return tdlrt.tau
+        return None
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
-    steps = max(1, round(by * steps_per_epoch))
+    return max(1, round(by * steps_per_epoch))
+
+
+def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float | tdlrt_jax.Budget:
+    steps = budget_steps(tdlrt, epochs, steps_per_epoch)
+    if tdlrt.budget is None or steps is None:
+        return tdlrt.tau
     every = 10 if tdlrt.between is None else 1  # whole steps that are few are a look each
     return tdlrt_jax.Budget(tdlrt.budget, steps, every=every, importance=tdlrt.budget_importance)
 

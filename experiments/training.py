@@ -17,9 +17,17 @@ import numpy as np
 from rich.console import Console
 
 from experiments import data
-from experiments.arrays import fit_arrays, full_layers, pressing_note
+from experiments.arrays import fit_arrays, full_layers, pressing_note, steps_at_new_sizes
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
-from experiments.build import after_epoch, build_descent, build_model, build_optimizer, kinds_of, learning_rate
+from experiments.build import (
+    after_epoch,
+    budget_steps,
+    build_descent,
+    build_model,
+    build_optimizer,
+    kinds_of,
+    learning_rate,
+)
 from experiments.config import TrainConfig
 from experiments.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
 from experiments.display import Display
@@ -284,7 +292,7 @@ class Training:
                     here,
                     self.config.tdlrt.max_rank,
                     grow=self.sums.pressing_steps > 0,
-                    steps_left=(self.config.epochs - self.epoch - 1) * self.steps_per_epoch,
+                    steps_left=self._steps_at_new_sizes(),
                     compilation_steps=self.config.tdlrt.compilation_steps,
                 )
             if fitted is not here:
@@ -295,6 +303,14 @@ class Training:
             self._close_round(self.pruning)
         self._save()
         give_back()
+
+    def _steps_at_new_sizes(self) -> int:
+        """For how long the arrays would have the sizes that they are given at the end of this epoch."""
+        config = self.config
+        taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, config.epochs))
+        return steps_at_new_sizes(
+            taken, last, budget_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
+        )
 
     def _close_round(self, pruning: Pruning) -> None:
         """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""

@@ -119,6 +119,20 @@ def test_the_main_job_reaches_its_budget(tmp_path, monkeypatch, importance):
     assert result["epochs"][-1]["train_loss"] < result["epochs"][0]["train_loss"]
 
 
+def test_arrays_wait_for_the_budget_where_shrinking_twice_does_not_pay(tmp_path, monkeypatch):
+    """After the first epoch they would be good for ten steps, up to where the budget is reached; from there on for fifty."""
+    monkeypatch.setattr(plots, "save_figure", lambda figure, directory, name: [])
+    directory = tmp_path / "run"
+    options = ["--budget", "0.9", "--budget-epochs", "2", "--epochs", "7", "--limit", "320", "--batch-size", "32"]
+    options += ["--integrator", "parallel", "--rank", "60", "--compilation-steps", "12", "--run-dir", str(directory)]
+    assert train.main(options) == 0
+    epochs = json.loads((directory / "result.json").read_text())["epochs"]
+    sizes = [max(epoch["capacities"]["hidden"]) for epoch in epochs]
+    assert max(epochs[0]["ranks"]["hidden"]) < sizes[0] / 2, "there is something to shrink"
+    assert sizes[0] == sizes[1] > sizes[2] == sizes[-1]
+    assert [epoch["compilations"] for epoch in epochs] == [1, 0, 1, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("options", [{"budget_epochs": 2.0}, {"budget_importance": "loss"}], ids=str)
 def test_options_of_a_budget_without_one(options):
     (name,) = options

@@ -1,5 +1,6 @@
 """The compiled programs of a run: what one step does, several in one call, models and optimizers."""
 
+import functools
 import gc
 
 import jax
@@ -74,6 +75,21 @@ def test_programs_of_other_array_sizes_leave_nothing_behind(small):
     assert compiled.compilations == 6  # not where a size comes back at once
     assert max(traces[1:]) < traces[0] and len(set(traces[1:4])) == 1
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_adaptive_steps_are_compiled_with_the_options_for_them(small, monkeypatch, adaptive):
+    images, transform = small
+    monkeypatch.setattr(tdlrt_jax, "compiler_options", lambda: {"xla_no_such_option": True})
+    descent = optax.with_extra_args_support(optax.sgd(0.1))
+    tx = tdlrt_jax.tdlrt(descent, tolerance=0.01, integrator="parallel") if adaptive else descent
+    compiled, state = programs.build_programs(Small(nnx.Rngs(0)), tx, transform, seed=0, adaptive=adaptive)
+    step = functools.partial(compiled.train, state, images, jnp.arange(12).reshape(3, 4), jnp.int32(0), jnp.int32(0))
+    if adaptive:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            step()
+    else:
+        assert bool(step()[1].finite)
 
 
 @pytest.mark.parametrize("method", ["dense", "tdlrt", "cores between"])
