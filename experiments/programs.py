@@ -267,7 +267,7 @@ def build_programs(
     kinds = {"cores": "cores_only", "bases": "ranks_stay"}
     whole = step_of() if adaptive else plain
     frequent = None if between is None else partial(step, step_of(**{kinds[between]: True}))
-    # Of other methods a step compiles in seconds, and a dense one then takes some percent longer.
+    # Steps of other methods compile in seconds.
     options = tdlrt_jax.compiler_options() if adaptive else None
     programs = Programs(partial(step, whole), evaluate, devices, frequent, at_once, options)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))

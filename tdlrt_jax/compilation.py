@@ -20,7 +20,7 @@ _ON_CPU: dict[str, bool | int] = {
 
 
 def compiler_options() -> dict[str, bool | int]:
-    """Options with which the CPU's programs compile in about half the time and with half the memory; none for other devices.
+    """Options with which steps compile in about half the time on a CPU, in a fraction of the memory; none for other devices.
 
     For ``jax.jit(..., compiler_options=...)``, for ``jitted.lower(...).compile(...)`` and for :func:`tdlrt_jax.tdlrt_step`. Steps
     take as long as without them (``python -m benchmarks.run --sections compiler`` measures both), and differ from those by

@@ -126,7 +126,7 @@ def test_compiling_with_options_and_without_from_the_command_to_the_table(tmp_pa
     assert set(cell["result"]["methods"]) == {"dense"}
     entry = cell["result"]["methods"]["dense"]
     for name in ("without", "with"):
-        assert entry[name]["seconds"] > 0 and entry[name]["host_bytes"] > 0
+        assert entry[name]["seconds"] > 0 and entry[name]["host_bytes"] >= 0  # the peak need not grow
         assert entry[name]["step_seconds"]["median"] > 0
     assert entry["step_ratio"]["of_medians"] > 0
     assert "| dense |" in report.markdown(tmp_path)
