@@ -70,7 +70,7 @@ def steps_at_new_sizes(step: int, last: int, budget: int | None) -> int:
       >>> steps_at_new_sizes(100, 1000, 300), steps_at_new_sizes(300, 1000, 300), steps_at_new_sizes(100, 1000, None)
       (200, 700, 900)
     """
-    return (last if budget is None or not step < budget else min(budget, last)) - step
+    return (last if budget is None or step >= budget else min(budget, last)) - step
 
 
 def _bounds(params: Any, max_rank: int | None) -> dict[str, list[int]] | None:
