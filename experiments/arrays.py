@@ -56,21 +56,21 @@ def fit_arrays(
     return state._replace(params=params, opt_state=opt_state)
 
 
-def steps_at_new_sizes(step: int, last: int, budget: int | None) -> int:
-    """How many steps arrays are good for that fit the ranks now: all that are left, or up to where a budget is reached.
+def steps_at_new_sizes(step: int, last: int, falling: int | None) -> int:
+    """How many steps arrays are good for that fit the ranks now: all that are left, or those for which a budget lets ranks fall.
 
     Until then ranks fall, and the arrays would follow them once more there.
 
     Args:
       step: the steps taken.
       last: all steps of the run.
-      budget: the step at which the budget is reached, if there is one.
+      falling: the step after which a budget no longer makes ranks fall, if there is one.
 
     Example:
       >>> steps_at_new_sizes(100, 1000, 300), steps_at_new_sizes(300, 1000, 300), steps_at_new_sizes(100, 1000, None)
       (200, 700, 900)
     """
-    return (last if budget is None or step >= budget else min(budget, last)) - step
+    return (last if falling is None or step >= falling else min(falling, last)) - step
 
 
 def _bounds(params: Any, max_rank: int | None) -> dict[str, list[int]] | None:

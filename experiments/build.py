@@ -33,6 +33,7 @@ __all__ = [
     "build_descent",
     "build_model",
     "build_optimizer",
+    "falling_steps",
     "is_pruned",
     "kinds_of",
     "learning_rate",
@@ -187,7 +188,7 @@ def build_optimizer(
         keep_momentum=tdlrt.keep_momentum,
         min_rank=tdlrt.min_rank,
         max_rank=tdlrt.max_rank,
-        freeze_after=None if tdlrt.freeze_epochs is None else round(tdlrt.freeze_epochs * steps_per_epoch),
+        freeze_after=_freeze_steps(tdlrt, steps_per_epoch),
     )
 
 
@@ -197,6 +198,16 @@ def budget_steps(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> int |
         return None
     by = epochs / 2 if tdlrt.budget_epochs is None else tdlrt.budget_epochs
     return max(1, round(by * steps_per_epoch))
+
+
+def falling_steps(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> int | None:
+    """Steps until a budget has made ranks fall: it is reached, or they are frozen before; ``None`` without a budget."""
+    steps, frozen = budget_steps(tdlrt, epochs, steps_per_epoch), _freeze_steps(tdlrt, steps_per_epoch)
+    return steps if steps is None or frozen is None else min(steps, frozen)
+
+
+def _freeze_steps(tdlrt: TdlrtConfig, steps_per_epoch: int) -> int | None:
+    return None if tdlrt.freeze_epochs is None else round(tdlrt.freeze_epochs * steps_per_epoch)
 
 
 def _tolerance(tdlrt: TdlrtConfig, epochs: int, steps_per_epoch: int) -> float | tdlrt_jax.Budget:

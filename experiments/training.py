@@ -21,10 +21,10 @@ from experiments.arrays import fit_arrays, full_layers, pressing_note, steps_at_
 from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
 from experiments.build import (
     after_epoch,
-    budget_steps,
     build_descent,
     build_model,
     build_optimizer,
+    falling_steps,
     kinds_of,
     learning_rate,
 )
@@ -309,7 +309,7 @@ class Training:
         config = self.config
         taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, config.epochs))
         return steps_at_new_sizes(
-            taken, last, budget_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
+            taken, last, falling_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
         )
 
     def _close_round(self, pruning: Pruning) -> None:

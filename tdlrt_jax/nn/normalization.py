@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array, lax
@@ -71,7 +72,7 @@ def _takes_part(conv: Any, norm: Any, x: Any) -> bool:
         and conv.mask is None
         and conv.conv_general_dilated is lax.conv_general_dilated
         and type(norm) is nnx.BatchNorm
-        and norm.axis in (-1, jnp.ndim(x) - 1)
+        and norm.axis in (-1, np.ndim(x) - 1)
         and norm.axis_name is None
         and norm.promote_dtype is dtypes.promote_dtype
         and norm.num_features == conv.out_features

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import tdlrt_jax
 from experiments import plots, train
+from experiments.build import falling_steps
 from experiments.config import TdlrtConfig
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.nn import TuckerConv
@@ -131,6 +132,14 @@ def test_arrays_wait_for_the_budget_where_shrinking_twice_does_not_pay(tmp_path,
     assert max(epochs[0]["ranks"]["hidden"]) < sizes[0] / 2, "there is something to shrink"
     assert sizes[0] == sizes[1] > sizes[2] == sizes[-1]
     assert [epoch["compilations"] for epoch in epochs] == [1, 0, 1, 0, 0, 0, 0]
+
+
+def test_ranks_fall_until_a_budget_is_reached_or_they_are_frozen():
+    settle = lambda **options: falling_steps(TdlrtConfig(**options), epochs=8, steps_per_epoch=10)  # noqa: E731
+    assert settle(budget=0.9) == 40
+    assert settle(budget=0.9, budget_epochs=2.5, freeze_epochs=6) == 25
+    assert settle(budget=0.9, freeze_epochs=1.5) == 15
+    assert settle(freeze_epochs=1.5) is None
 
 
 @pytest.mark.parametrize("options", [{"budget_epochs": 2.0}, {"budget_importance": "loss"}], ids=str)
