@@ -54,7 +54,8 @@ class DataConfig:
     data_dir: Path | None = None
     """Directory of prepared tfds data sets. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     cache_dir: Path | None = None
-    """Directory for decoded data sets and compiled programs. Default: tdlrt_jax in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Directory for decoded data sets and compiled programs, of which those not used for long go when there are more than 2 GiB.
+    Default: tdlrt_jax in $XDG_CACHE_HOME, else in ~/.cache."""
     augment: Literal["auto", "crop_flip", "crop", "off"] = "auto"
     """Random crops (by up to 4 pixels) and left-right flips of training images. auto: both for cifar, crops for digits."""
     validation: float = 0.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from experiments import data
+from experiments.compilation_cache import use_compilation_cache
 from experiments.config import TrainConfig
 from experiments.devices import Devices, first_says, join_processes, take_devices
 from experiments.endings import Outcome
@@ -45,7 +43,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
         console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
         return Outcome(0, directory.path, finished)
     with Interruption() as interruption:
-        _use_compilation_cache(config.data.cache_dir)
+        use_compilation_cache(config.data.cache_dir)
         loaded = data.load(
             config.data.dataset,
             data_dir=config.data.data_dir,
@@ -85,12 +83,3 @@ def _open(config: TrainConfig, devices: Devices) -> RunDirectory:
     if not first_says(problem):
         raise problem or RunDirectoryError(f"{config.run.run_dir} cannot be used: the first process says why")
     return directory
-
-
-def _use_compilation_cache(cache_dir: Path | None) -> None:
-    """Keeps compiled programs between runs, unless the user has said where or whether to."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
-        return
-    directory = (cache_dir.expanduser() if cache_dir else data.cache_directory()) / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
