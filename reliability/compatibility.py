@@ -67,8 +67,7 @@ FLAX = ["tests/nn", "tests/models", "tests/test_checkpoint.py", "tests/test_expo
 SELECTIONS: dict[str, list[str]] = {
     "all": [],
     "interfaces": [
-        *("tests/test_step.py", "tests/test_optimizer.py", "tests/test_conv.py", "tests/test_conv_plans.py"),
-        "tests/test_capacity.py",
+        *("tests/test_step.py", "tests/test_optimizer.py", "tests/conv", "tests/test_capacity.py"),
         *(
             "tests/test_checkpoint.py",
             "tests/test_checkpoint_process.py",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jaxlib
 
-# Tests compile many small programs and run each for a moment: compile fast, not well. The last flag is known to this jaxlib
-# series; an unknown flag would end the process.
+# Tests compile many small programs and run each for a moment: compile fast, not well, and in one piece, since other workers
+# have the other cores. The last flags are known to this jaxlib series; an unknown flag would end the process.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jaxlib.__version__.startswith("0.10."):
-    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Nor does anyone read where in Python an operation of these programs comes from; finding it out is a twentieth of the time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")

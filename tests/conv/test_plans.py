@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tdlrt_jax.conv import PLANS, choose_plan, count_work
 from tdlrt_jax.frame import lift
-from tests.test_conv import applied, compiled, random_kernel
+from tests.conv.cases import applied, compiled, random_kernel
 
 
 @pytest.mark.parametrize("rank", [(None, None, 4, 5), (2, 2, 4, 5), (3, 2, 6, 8)])
