@@ -14,7 +14,7 @@ from experiments import data
 __all__ = ["LIMIT", "trim", "use_compilation_cache"]
 
 LIMIT = 2 * 1024**3
-"""Bytes that a run lets older runs' programs take: hundreds of steps of VGG16, whose program has 4 MB."""
+"""Bytes that a run lets older runs' programs take."""
 
 _PROGRAM = re.compile(r".+-[0-9a-f]{64}-cache")  # as JAX names them
 
