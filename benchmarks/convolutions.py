@@ -1,8 +1,9 @@
 """What XLA's operations cost where the library takes another way: inside of control flow, between few channels, over many pixels.
 
 A 3x3 convolution's kernel gradient (``corr``) by itself and inside of a ``lax.cond``, as a convolution and as matrix products;
-forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels; kernel gradients of
-many pixels; and products that contract all pixels, as factors have them for their gradients.
+forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels; kernel gradients from
+many pixels of few channels to few pixels of many, with the memory that they need meanwhile; and products that contract all
+pixels, as factors have them for their gradients.
 """
 
 from __future__ import annotations
@@ -20,16 +21,25 @@ SIZES = ((32, 18), (16, 36), (8, 72), (4, 144))  # (pixels a side, channels in a
 NARROW = (1, 3, 8, 16, 32)
 ODD_AND_EVEN = (3, 4, 7, 8, 15, 16)
 GRADIENTS = (
-    (32, 8),
-    (32, 16),
-    (32, 24),
-    (16, 8),
-    (16, 16),
-    (16, 32),
-    (8, 32),
-    (8, 64),
-    (4, 64),
-)  # (pixels a side, channels)
+    (32, 3, 64),
+    (32, 8, 8),
+    (32, 16, 16),
+    (32, 24, 24),
+    (32, 32, 32),
+    (32, 64, 64),
+    (32, 128, 128),
+    (16, 16, 16),
+    (16, 32, 32),
+    (16, 64, 64),
+    (16, 128, 128),
+    (8, 32, 32),
+    (8, 64, 64),
+    (8, 128, 128),
+    (8, 256, 256),
+    (4, 64, 64),
+    (4, 512, 512),
+    (2, 512, 512),
+)  # (pixels a side, channels in, out)
 ROWS = (
     (131072, 64, 8),
     (131072, 64, 24),
@@ -102,20 +112,28 @@ def _forward(
 
 
 def _kernel_gradients(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """The transpose of XLA's 3x3 convolution in its kernel, and as many matrix products as the window has positions."""
+    """The transpose of XLA's 3x3 convolution in its kernel, the product of all patches, and that of a few images' at a time."""
     import jax
 
+    from benchmarks.methods import memory_of
+    from tdlrt_jax import compiler_options
     from tdlrt_jax.conv.geometry import resolve
 
-    programs = {}
-    for side, channels in GRADIENTS:
+    programs, temporary = {}, {}
+    ways = {"convolution": _by_convolution, "all patches": _by_all_patches, "patches in parts": _by_products}
+    for side, channels, n_out in GRADIENTS:
         geometry, _ = resolve((3, 3), (side, side))
-        x, dy = (jax.random.normal(jax.random.key(i), (batch, side, side, channels)) for i in range(2))
-        for name, gradient in (("convolution", _by_convolution), ("products", _by_products)):
-            program = partial(_run, jax.jit(partial(gradient, geometry)), x, dy)
-            programs[f"{channels} channels at {side}x{side} pixels, {name}"] = program
+        x, dy = (
+            jax.random.normal(jax.random.key(i), (batch, side, side, size)) for i, size in enumerate((channels, n_out))
+        )
+        for way, gradient in ways.items():
+            name = f"{channels} to {n_out} channels at {side}x{side} pixels, {way}"
+            compiled = jax.jit(partial(gradient, geometry), compiler_options=compiler_options()).lower(x, dy).compile()
+            programs[name] = partial(_run, compiled, x, dy)
+            temporary[name] = memory_of(compiled).get("temporary_bytes", 0)
     say("timing")
-    return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+    seconds = {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}
+    return {"batch": batch, "seconds": seconds, "temporary_bytes": temporary}
 
 
 def _by_convolution(geometry: Any, x: Any, dy: Any) -> Any:
@@ -126,6 +144,16 @@ def _by_convolution(geometry: Any, x: Any, dy: Any) -> Any:
 
     kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]))
     return jax.linear_transpose(lambda k: convolve(x, k, geometry), kernel)(dy)[0]
+
+
+def _by_all_patches(geometry: Any, x: Any, dy: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from tdlrt_jax.conv.patches import product_of_patches
+
+    kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]))
+    return jax.linear_transpose(lambda k: product_of_patches(x, k, geometry), kernel)(dy)[0]
 
 
 def _by_products(geometry: Any, x: Any, dy: Any) -> Any:

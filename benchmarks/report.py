@@ -236,7 +236,11 @@ def _truncation(result: dict[str, Any]) -> str:
 
 def _convolutions(result: dict[str, Any]) -> str:
     rows = [[name, f"{1e3 * entry['median']:.2f}"] for name, entry in result["seconds"].items()]
-    return f"Batch {result['batch']}.\n\n{table(['program', 'ms'], rows)}"
+    header = ["program", "ms"]
+    if "temporary_bytes" in result:
+        header.append("memory meanwhile [MiB]")
+        rows = [[*row, f"{result['temporary_bytes'][row[0]] / 2**20:.1f}"] for row in rows]
+    return f"Batch {result['batch']}.\n\n{table(header, rows)}"
 
 
 def _pages(result: dict[str, Any]) -> str:

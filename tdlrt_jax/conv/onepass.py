@@ -51,7 +51,9 @@ class Application(NamedTuple):
     geometry: Geometry
     precision: Any  # of the products with activations
     preferred_element_type: Any  # of the result
-    products: bool = False  # whether the convolution is carried out as matrix products, see convolve
+    products: bool = (
+        False  # whether the kernel's gradient is carried out as matrix products in any case, see kernel_gradient
+    )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "dy"], meta_fields=["kernel"])
@@ -189,8 +191,7 @@ def _convolve(how: Application, a: Array, kernel: Array) -> Array:
     """``A * M[X]``."""
     geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
     result = None if how.stream_out else how.preferred_element_type
-    options = {"precision": how.precision, "preferred_element_type": result, "products": how.products}
-    return convolve(a, kernel.astype(a.dtype), geometry, **options)
+    return convolve(a, kernel.astype(a.dtype), geometry, precision=how.precision, preferred_element_type=result)
 
 
 def _correlate(how: Application, a: Array, p: Array, shape: tuple[int, ...]) -> Array:

@@ -7,9 +7,13 @@ import optax
 import pytest
 
 from tdlrt_jax import tdlrt, tdlrt_step, to_dense, tucker_conv
+from tdlrt_jax.conv import patches
 from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import resolve
+from tdlrt_jax.conv.patches import convolve_by_patches
 from tdlrt_jax.conv.rows import contract_rows
+from tdlrt_jax.frame import chart_point, lift, with_point
+from tests.conv.cases import compiled
 from tests.helpers import random_kernel
 
 CASES = [
@@ -23,18 +27,98 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("window, channels, options", CASES)
-def test_products_are_the_convolution_with_both_its_gradients(window, channels, options, x64, rng):
+def drawn(rng, window, channels, options, images=6, n_out=6):
+    """The geometry of a case, with an input and a kernel."""
     image = (7, 6)[: len(window)]
     geometry, _ = resolve(window, image, **options)
-    x = jnp.asarray(rng.normal(size=(2, *image, channels * geometry.groups)))
-    kernel = jnp.asarray(rng.normal(size=(*window, channels, 6)))
+    x = jnp.asarray(rng.normal(size=(images, *image, channels * geometry.groups)))
+    return geometry, x, jnp.asarray(rng.normal(size=(*window, channels, n_out)))
 
-    def of(products):
-        return lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel, geometry, products=products)))
 
-    found, expected = (jax.value_and_grad(of(p), argnums=(0, 1))(x, kernel) for p in (True, False))
+@pytest.fixture(params=["all at once", "two at a time", "one by one"])
+def in_parts(request, monkeypatch):
+    """However few images fit at once: of six of those that a test draws."""
+    images = {
+        "all at once": lambda x, shape, geometry: x.shape[0],
+        "two at a time": lambda *_: 2,
+        "one by one": lambda *_: 1,
+    }
+    monkeypatch.setattr(patches, "_images_at_once", images[request.param])
+
+
+@pytest.mark.parametrize("window, channels, options", CASES)
+def test_patches_in_parts_give_the_convolution_with_both_its_gradients(window, channels, options, in_parts, x64, rng):
+    geometry, x, kernel = drawn(rng, window, channels, options)
+
+    def of(way):
+        return lambda x, kernel: jnp.sum(jnp.sin(way(x, kernel, geometry)))
+
+    found, expected = (
+        jax.value_and_grad(of(way), argnums=(0, 1))(x, kernel) for way in (convolve_by_patches, convolve)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
+
+
+@pytest.fixture
+def fast_patches(monkeypatch):
+    """A convolution's derivative in its kernel is taken by patches, however little there is to do, two images at a time."""
+    monkeypatch.setattr(patches, "_MUCH_WORK", 0)
+    monkeypatch.setattr(patches, "_POSITIONS_A_CHANNEL", 100)
+    monkeypatch.setattr(patches, "_images_at_once", lambda *_: 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.mark.parametrize("window, channels, options", CASES)
+def test_with_fast_patches_a_convolution_has_the_same_derivatives(window, channels, options, fast_patches, x64, rng):
+    """In both modes, to second order, mapped over, and in one argument alone."""
+    geometry, x, kernel = drawn(rng, window, channels, options)
+    dx, dkernel = (jnp.asarray(rng.normal(size=a.shape)) for a in (x, kernel))
+    fast = geometry.groups == 1
+
+    def ours(x, kernel):
+        return convolve(x, kernel, geometry)
+
+    def plain(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC") if len(window) == 2 else ("NHC", "HIO", "NHC")
+        how = (geometry.strides, geometry.padding, geometry.input_dilation, geometry.dilation, layout)
+        return jax.lax.conv_general_dilated(x, kernel, *how, feature_group_count=geometry.groups)
+
+    def derivatives(f):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(f(x, kernel)))
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return {
+            "forward": jax.jvp(f, (x, kernel), (dx, dkernel)),
+            "kernel's alone": jax.jvp(lambda kernel: f(x, kernel), (kernel,), (dkernel,)),
+            "reverse": gradient(x, kernel),
+            "Hessian-vector product": jax.jvp(gradient, (x, kernel), (dx, dkernel))[1],
+            "reverse twice": jax.grad(lambda x, k: jnp.vdot(gradient(x, k)[1], dkernel), argnums=(0, 1))(x, kernel),
+            "mapped over": jax.vmap(gradient)(jnp.stack([x, dx]), jnp.stack([kernel, dkernel])),
+            "transpose in the input": jax.linear_transpose(lambda x: f(x, kernel), x)(f(dx, kernel)),
+        }
+
+    found, expected = derivatives(ours), derivatives(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, expected)
+    assert ("scan" in str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(ours(x, k))))(kernel))) == fast
+
+
+def test_derivatives_by_patches_keep_their_dtypes(fast_patches, rng):
+    """Sums over parts are in float32; kernels of bfloat16 get a gradient of bfloat16, and results the dtype asked for."""
+    geometry, x, kernel = drawn(rng, (3, 3), 8, {})
+    exact = jax.grad(lambda kernel: jnp.sum(jnp.sin(convolve(x, kernel, geometry))))(kernel)
+    short = [a.astype(jnp.bfloat16) for a in (x, kernel)]
+    for result in (None, jnp.float32):
+
+        def loss(x, kernel, result=result):
+            y = convolve(x, kernel, geometry, preferred_element_type=result)
+            assert y.dtype == (result or jnp.bfloat16)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+        dx, dkernel = jax.grad(loss, argnums=(0, 1))(*short)
+        assert dx.dtype == dkernel.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(dkernel.astype(jnp.float32) - exact) < 0.05 * jnp.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +164,11 @@ def test_amortized_steps_are_those_of_a_second_pass(x64, rng):
 
 @pytest.mark.parametrize("window, channels, options", CASES)
 @pytest.mark.parametrize("products", [False, True])
-def test_a_kernels_gradient_is_the_transpose_of_the_convolution(window, channels, options, products, x64, rng):
-    image = (7, 6)[: len(window)]
-    geometry, _ = resolve(window, image, **options)
-    x = jnp.asarray(rng.normal(size=(2, *image, channels * geometry.groups)))
-    y, pull = jax.vjp(lambda k: convolve(x, k, geometry), jnp.zeros((*window, channels, 6)))
+def test_a_kernels_gradient_is_the_transpose_of_the_convolution(
+    window, channels, options, products, in_parts, x64, rng
+):
+    geometry, x, kernel = drawn(rng, window, channels, options)
+    y, pull = jax.vjp(lambda k: convolve(x, k, geometry), kernel)
     dy = jnp.asarray(rng.normal(size=y.shape))
     found = kernel_gradient(x, dy, window, geometry, products=products)
     np.testing.assert_allclose(found, pull(dy)[0], atol=1e-10)
@@ -92,13 +176,53 @@ def test_a_kernels_gradient_is_the_transpose_of_the_convolution(window, channels
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA's convolution is kept")
 @pytest.mark.parametrize(
-    "channels, n_out, image, products", [(24, 24, 64, True), (8, 8, 64, False), (128, 8, 64, False)]
+    "window, channels, n_out, image, by_patches",
+    [
+        ((3, 3), 24, 24, 64, True),
+        ((3, 3), 3, 64, 128, True),
+        ((3, 3), 128, 128, 16, True),
+        ((3, 3), 8, 8, 64, False),  # little work
+        ((7, 7), 3, 64, 64, False),  # many positions of few channels
+        ((1, 1), 128, 128, 64, False),
+        ((3, 3), 64, 64, 512, False),  # patches of one image do not fit
+    ],
 )
-def test_many_pixels_of_several_channels_take_products_for_a_kernels_gradient(channels, n_out, image, products):
-    geometry, _ = resolve((3, 3), (image, image), padding="SAME")
+def test_with_much_to_do_a_kernels_gradient_is_a_product_of_patches(window, channels, n_out, image, by_patches):
+    geometry, _ = resolve(window, (image, image), padding="SAME")
     x, dy = (jax.ShapeDtypeStruct((8, image, image, size), jnp.float32) for size in (channels, n_out))
-    jaxpr = str(jax.make_jaxpr(lambda x, dy: kernel_gradient(x, dy, (3, 3), geometry))(x, dy))
-    assert ("conv_general_dilated" not in jaxpr) == products
+    jaxpr = str(jax.make_jaxpr(lambda x, dy: kernel_gradient(x, dy, window, geometry))(x, dy))
+    assert ("concatenate" in jaxpr) == by_patches
+    (batch,) = jax.export.symbolic_shape("batch")
+    kernel = jax.ShapeDtypeStruct((*window, channels, n_out), jnp.float32)
+    assert not patches.has_fast_patches(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), kernel, geometry)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA's convolution is kept")
+@pytest.mark.parametrize("images, at_once", [(128, 2), (127, 1), (126, 3), (1, 1), (0, 0)])
+def test_patches_are_taken_of_as_many_images_as_fit_and_divide_the_batch(images, at_once):
+    geometry, _ = resolve((3, 3), (32, 32))
+    x = jax.ShapeDtypeStruct((images, 32, 32, 32), jnp.float32)  # 1.1 MiB of patches an image
+    assert patches._images_at_once(x, (3, 3, 32, 32), geometry) == at_once
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA's convolution is kept")
+@pytest.mark.parametrize("layer", ["frame", "factors", "array"])
+def test_a_convolutions_gradients_need_a_few_images_patches_at_once(layer, rng):
+    """Not all images' at once, 72 MiB in each layer."""
+    x = jax.ShapeDtypeStruct((64, 32, 32, 32), jnp.float32)
+    kernel = random_kernel(rng, (3, 3, 32, 32), (None, None, None, None), dtype=np.float32)
+    kernel = {"frame": lift(kernel), "factors": kernel, "array": to_dense(kernel)}[layer]
+
+    def gradient(kernel, x):
+        def loss(point, x):
+            current = with_point(kernel, point) if layer == "frame" else point
+            return jnp.sum(jnp.sin(tucker_conv(jnp.sin(tucker_conv(x, current)), current)))
+
+        return jax.grad(loss)(chart_point(kernel) if layer == "frame" else kernel, x)
+
+    temporary = compiled(gradient).lower(kernel, x).compile().memory_analysis().temp_size_in_bytes
+    # Five of the activations' arrays of 8 MiB; with XLA's own gradients six, with all patches side by side fourteen or more.
+    assert temporary < 44 * 2**20
 
 
 @pytest.mark.parametrize("rows", [(1,), (7, 3), (2, 1024), (3, 4096), (8, 32, 32), (4, 64, 64)])

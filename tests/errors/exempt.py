@@ -75,6 +75,7 @@ REASONS = {
             "conv.convolution.sample_pixels",
             "conv.geometry.output_size",
         ),
+        *(f"conv.patches.{n}" for n in ("convolve_by_patches", "has_fast_patches", "patches", "product_of_patches")),
         *(
             "conv.geometry.pad_border",
             "conv.plans.plan_for",
