@@ -91,8 +91,11 @@ def convolve_by_patches(
         )
         return product.reshape(*columns.shape[:-1], n_out)
 
-    y = lax.map(lambda part: convolved(part, matrix), x.reshape(-1, images, *x.shape[1:]))
-    return y.reshape(-1, *y.shape[2:])
+    rest = x.shape[0] % images
+    parts = x[: x.shape[0] - rest].reshape(-1, images, *x.shape[1:])
+    y = lax.map(lambda part: convolved(part, matrix), parts)
+    y = y.reshape(-1, *y.shape[2:])
+    return jnp.concatenate([y, convolved(x[-rest:], matrix)]) if rest else y
 
 
 def has_fast_patches(x: Array, kernel: Any, geometry: Geometry) -> bool:
@@ -120,11 +123,12 @@ def _patches_of_an_image(x: Array, window: Sequence[int], geometry: Geometry) ->
 
 
 def _images_at_once(x: Array, shape: Sequence[int], geometry: Geometry) -> int:
-    """The most images whose patches fit, among the divisors of the batch; all where they are spread over devices."""
+    """As many images as fit with their patches, or a half of that and more if it divides the batch; all over several devices."""
     images = x.shape[0]
     if not isinstance(images, int) or jax.device_count() > 1:
         return images
     # Each part's product is added to a sum of the kernel's size, which should not be what takes the time.
     bytes_at_once = max(_AT_ONCE, 2 * math.prod(shape) * x.dtype.itemsize)
     most = bytes_at_once // max(_patches_of_an_image(x, shape[:-2], geometry), 1)
-    return max((n for n in range(1, min(images, most) + 1) if images % n == 0), default=min(images, 1))
+    most = min(max(most, 1), images)
+    return next((n for n in range(most, most // 2, -1) if images % n == 0), most)

@@ -35,15 +35,11 @@ def drawn(rng, window, channels, options, images=6, n_out=6):
     return geometry, x, jnp.asarray(rng.normal(size=(*window, channels, n_out)))
 
 
-@pytest.fixture(params=["all at once", "two at a time", "one by one"])
+@pytest.fixture(params=["all at once", "two at a time", "four at a time", "one by one"])
 def in_parts(request, monkeypatch):
-    """However few images fit at once: of six of those that a test draws."""
-    images = {
-        "all at once": lambda x, shape, geometry: x.shape[0],
-        "two at a time": lambda *_: 2,
-        "one by one": lambda *_: 1,
-    }
-    monkeypatch.setattr(patches, "_images_at_once", images[request.param])
+    """However few images fit at once of the six that a test draws, and whether or not they come out even."""
+    images = {"two at a time": 2, "four at a time": 4, "one by one": 1}.get(request.param)
+    monkeypatch.setattr(patches, "_images_at_once", lambda x, shape, geometry: images or x.shape[0])
 
 
 @pytest.mark.parametrize("window, channels, options", CASES)
@@ -198,8 +194,8 @@ def test_with_much_to_do_a_kernels_gradient_is_a_product_of_patches(window, chan
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA's convolution is kept")
-@pytest.mark.parametrize("images, at_once", [(128, 2), (127, 1), (126, 3), (1, 1), (0, 0)])
-def test_patches_are_taken_of_as_many_images_as_fit_and_divide_the_batch(images, at_once):
+@pytest.mark.parametrize("images, at_once", [(128, 2), (127, 3), (126, 3), (2, 2), (1, 1), (0, 0)])
+def test_patches_are_taken_of_as_many_images_as_fit_and_evenly_if_that_can_be(images, at_once):
     geometry, _ = resolve((3, 3), (32, 32))
     x = jax.ShapeDtypeStruct((images, 32, 32, 32), jnp.float32)  # 1.1 MiB of patches an image
     assert patches._images_at_once(x, (3, 3, 32, 32), geometry) == at_once
