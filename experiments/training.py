@@ -292,7 +292,7 @@ class Training:
                     here,
                     self.config.tdlrt.max_rank,
                     grow=self.sums.pressing_steps > 0,
-                    steps_left=self._steps_at_new_sizes(),
+                    **self._sizes_to_come(),
                     compilation_steps=self.config.tdlrt.compilation_steps,
                 )
             if fitted is not here:
@@ -304,13 +304,15 @@ class Training:
         self._save()
         give_back()
 
-    def _steps_at_new_sizes(self) -> int:
-        """For how long the arrays would have the sizes that they are given at the end of this epoch."""
+    def _sizes_to_come(self) -> dict[str, Any]:
+        """Whether ranks have settled, and for how long arrays would have the sizes that they get at the end of this epoch."""
         config = self.config
         taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, config.epochs))
-        return steps_at_new_sizes(
-            taken, last, falling_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
-        )
+        falling = falling_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
+        return {
+            "settled": falling is not None and taken >= falling,
+            "steps_left": steps_at_new_sizes(taken, last, falling),
+        }
 
     def _close_round(self, pruning: Pruning) -> None:
         """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""

@@ -45,6 +45,8 @@ Capacity = int | Sequence[int]
 # What compiling a step anew costs, in steps: of "parallel", 130 (VGG16) to 370 (AlexNet) on two CPU cores, see
 # benchmarks/results/cpu_xeon.
 COMPILATION_STEPS = 300
+# Room for ranks to rise that may still do so.
+HEADROOM = 1.5
 
 
 def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
@@ -143,7 +145,7 @@ def _ranks_text(kernel: TuckerTensor) -> str:
 def fit_capacity(
     params: Any,
     *,
-    headroom: float = 1.5,
+    headroom: float = HEADROOM,
     multiple: int = 8,
     hysteresis: float = 0.75,
     max_rank: Mapping[str, Sequence[int]] | None = None,
@@ -154,9 +156,9 @@ def fit_capacity(
     """Proposes a capacity for every kernel from the ranks in use now; give it to :func:`resize`.
 
     Any change of shapes compiles the whole step anew, so the network is looked at as a whole. What fits a rank ``r`` is
-    ``headroom * r`` rounded up to a multiple. If a rank fills its arrays and could be higher, all arrays take the sizes that
-    fit. Else those that are larger than that shrink, all of them or none: if the arrays of all kernels together come to less
-    than ``hysteresis`` times what they are.
+    ``headroom * r`` rounded up, to a multiple but in small modes. If a rank fills its arrays and could be higher, all arrays
+    take the sizes that fit. Else those that are larger than that shrink, all of them or none: if the arrays of all kernels
+    together come to less than ``hysteresis`` times what they are.
 
     How often this happens, for any number of layers and of calls: let ``S`` be the numbers stored in the arrays of all kernels.
     Arrays that shrink take ``S`` below ``hysteresis * S``, so while ranks only fall this happens at most
@@ -168,7 +170,8 @@ def fit_capacity(
     Args:
       params: any pytree with kernels; host side, concrete values.
       headroom: room for a rank ``r`` to rise: at least ``headroom * r`` columns; 1 or more.
-      multiple: sizes are rounded up to a multiple of this (and down to what is useful for the kernel); 1 or more.
+      multiple: sizes are rounded up to a multiple of this (and down to what is useful for the kernel), but for modes with fewer
+        than two multiples of it; 1 or more.
       hysteresis: the fraction, in (0, 1], of the present arrays that the fitting ones must stay below to be worth a compilation.
       max_rank: largest useful capacities by kernel path, one a mode, if there are bounds.
       grow: whether a rank that fills its arrays is a reason. Such a rank need not press: pass ``False`` where no step since the
@@ -209,8 +212,10 @@ def fit_capacity(
         return tuple(r if u is None else max(r, s) for u, r, s in zip(kernel.factors, ranks[name], lowered))
 
     def fitting(name: str, kernel: TuckerTensor) -> tuple[int, ...]:
+        # In modes of fewer than two multiples, spatial ones above all, rounding up to one would leave no size but the largest.
+        units = [multiple if n >= 2 * multiple else 1 for n in kernel_shape(kernel)]
         # The small term keeps 1.1 * 10 = 11.000000000000002 from being rounded up to 12.
-        columns = [math.ceil(headroom * r / multiple - 1e-9) * multiple for r in ranks[name]]
+        columns = [math.ceil(headroom * r / unit - 1e-9) * unit for r, unit in zip(ranks[name], units)]
         sizes = [max(r, min(size, limit)) for r, size, limit in zip(ranks[name], columns, limits[name])]
         return useful(name, kernel, [r if u is None else s for u, r, s in zip(kernel.factors, ranks[name], sizes)])
 

@@ -132,6 +132,13 @@ def test_fit_capacity_shrinks_to_what_is_used(rng):
     np.testing.assert_allclose(dense64(resize(params, fit_capacity(params))["w"]), dense64(params["w"]), atol=1e-6)
 
 
+def test_modes_of_fewer_than_two_multiples_shrink_too(rng):
+    params = ranked(rng, (3, 3, 64, 15), (1, 2, 9, 8), (3, 3, 40, 15))
+    assert fit_capacity(params) == {"w": (2, 3, 16, 12)}  # 64 channels in eights, the others in ones
+    assert fit_capacity(params, headroom=1.0) == {"w": (1, 2, 16, 8)}
+    assert fit_capacity(params, multiple=2) == {"w": (2, 3, 14, 12)}
+
+
 def test_fit_capacity_leaves_alone_what_is_not_worth_a_compilation(rng):
     params = ranked(rng, (20, 20), (6, 6), (10, 10))  # 9 * 9 = 0.81 of what there is
     assert fit_capacity(params, multiple=1) == {"w": (10, 10)}

@@ -47,7 +47,8 @@ def stored(sizes):
 def most_changes(first, multiple, headroom, hysteresis):
     """The bound of ``fit_capacity``'s docstring, for arrays that shrink while ranks fall."""
     ones = useful({name: (1,) * len(shape) for name, shape in SHAPES.items()})
-    fitting = {name: [max(r, math.ceil(headroom / multiple) * multiple) for r in ones[name]] for name in SHAPES}
+    units = {name: [multiple if n >= 2 * multiple else 1 for n in shape] for name, shape in SHAPES.items()}
+    fitting = {name: [max(r, math.ceil(headroom / u) * u) for r, u in zip(ones[name], units[name])] for name in SHAPES}
     least = {name: lowered(name, [min(f, c) for f, c in zip(first[name], fitting[name])]) for name in SHAPES}
     return math.log(stored(first) / stored(least)) / math.log(1 / hysteresis)
 

@@ -1,6 +1,7 @@
 """The main job with steps of the cores alone, or of bases at ranks that stay, between adaptations."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -48,6 +49,10 @@ def test_two_programs_take_turns_and_reach_the_budget(finished):
     assert first["compilations"] == 2, "a whole step and one in between"
     assert second["compilations"] == (2 if first["capacities"] != second["capacities"] else 0)
     assert [False, True] in calls
+    # The budget was reached at the end of the first epoch, and arrays have little more room than ranks need.
+    assert second["capacities"] != first["capacities"] and second["ranks"].keys() == second["capacities"].keys()
+    for layer, ranks in first["ranks"].items():
+        assert all(c <= 8 * math.ceil(1.1 * r / 8) for r, c in zip(ranks, second["capacities"][layer], strict=True))
     kernels, dense = 500 * 800 + 5 * 5 * 20 * (1 + 50), 10 * 500
     assert first["weights"] > second["weights"] and second["weights"] <= 0.05 * kernels + dense
     assert np.isfinite(second["train_loss"]) and second["skipped_steps"] == 0
