@@ -11,7 +11,7 @@ from tdlrt_jax.capacity import COMPILATION_STEPS, HEADROOM, full_kernels
 
 __all__ = ["fit_arrays", "full_layers", "pressing_note", "steps_at_new_sizes"]
 
-# After a budget was reached no rank moved by more than one, in up to 64 epochs (experiments/results/importance, width).
+# After a budget was reached no rank moved by more than one, in up to 55 epochs (experiments/results/importance, width).
 _SETTLED_HEADROOM = 1.1
 
 

@@ -51,9 +51,7 @@ class Application(NamedTuple):
     geometry: Geometry
     precision: Any  # of the products with activations
     preferred_element_type: Any  # of the result
-    products: bool = (
-        False  # whether the kernel's gradient is carried out as matrix products in any case, see kernel_gradient
-    )
+    products: bool = False  # see kernel_gradient
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "dy"], meta_fields=["kernel"])
