@@ -68,8 +68,8 @@ def convolve_by_patches(
 
     That is a sum of products over parts of the batch, whose patches fit the caches: on two cores as fast as the transpose of
     XLA's convolution, whose work is not spread well over them, or several times as fast, and where images are large in a
-    fraction of its memory (``benchmarks/results/cpu_epyc_gradients``). It itself is not faster than the convolution. Over several
-    devices, on which images lie apart, it is taken at once.
+    fraction of its memory (``benchmarks/results/cpu_epyc_gradients``). Over several devices, on which images lie apart, it is
+    taken at once.
     """
     *window, channels, n_out = kernel.shape
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
