@@ -67,8 +67,18 @@ class TrainingStep:
         learning_rate: float = 0.01,
         momentum: float = 0.9,
         compiler_options: Mapping[str, Any] | None = None,
+        compile: Callable[..., Callable[[], Any]] | None = None,
     ):
+        """Builds the network, its state and the step's programs.
+
+        Args:
+          network, method: what is trained, and how.
+          learning_rate, momentum: of the descent.
+          compiler_options: of this machine's compiler.
+          compile: ``compile(function, arguments)``, which traces a step and returns what compiles it; default: for this machine.
+        """
         self.compiler_options = dict(compiler_options or {})
+        self._lower = compile or self._for_here
         self.host_bytes = 0  # by which compiling made the process' peak of memory grow
         ordinary = method in ("factorized", "paper")
         # What is run beside a first program, and whether a call takes several steps of it.
@@ -102,13 +112,17 @@ class TrainingStep:
     def _compile(self, function: Callable[..., Any], steps: int = 1) -> Any:
         started = time.perf_counter()
         function = function if steps == 1 else several(function, steps)
-        lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*self.state, *self.batch)
+        finish = self._lower(function, (*self.state, *self.batch))
         traced, before = time.perf_counter(), peak_of_host()
-        compiled = lowered.compile(self.compiler_options)
+        compiled = finish()
         self.seconds_to["trace"] += traced - started
         self.seconds_to["compile"] += time.perf_counter() - traced
         self.host_bytes += peak_of_host() - before
         return compiled
+
+    def _for_here(self, function: Callable[..., Any], arguments: Any) -> Callable[[], Any]:
+        lowered = jax.jit(function, donate_argnums=(0, 1, 2)).lower(*arguments)
+        return lambda: lowered.compile(self.compiler_options)
 
     def run(self) -> float:
         """Steps once (or a whole period) and returns the seconds of one step."""

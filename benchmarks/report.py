@@ -275,6 +275,22 @@ def _compiler(result: dict[str, Any]) -> str:
     return f"Without and with {options or 'any options'}.\n\n{table(header, rows)}"
 
 
+def _ahead(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            method,
+            *[str(entry[name]) for name in ("always", "library", "waits", "in_loops")],
+            *[f"{entry[name] / MIB:.0f}" for name in ("arguments", "peak")],
+            f"{sum(entry['seconds_to'].values()):.0f}",
+        ]
+        for method, entry in result["methods"].items()
+    ]
+    header = ["method", "launches", "of them library calls", "waits of the host", "launches in loops it may enter"]
+    header += ["arguments [MiB]", "planned peak [MiB]", "tracing and compiling [s]"]
+    options = ", ".join(f"`{name}={value}`" for name, value in result["options"].items())
+    return f"Compiled for {result['device']}, with {options}.\n\n{table(header, rows)}"
+
+
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": _steps,
     "inference": _inference,
@@ -285,4 +301,5 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convolutions": _convolutions,
     "pages": _pages,
     "compiler": _compiler,
+    "ahead": _ahead,
 }

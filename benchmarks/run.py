@@ -2,7 +2,8 @@
 
 Sections (all by default): steps (training steps of all methods), inference, parts (of a step, by a profile and by layer), growth
 (of cost with width, rank and batch), compilations (of whole runs, and the persistent cache), truncation (its two routes),
-convolutions (inside of control flow, and of few channels), pages (of memory, and what they cost).
+convolutions (inside of control flow, and of few channels), pages (of memory, and what they cost), compiler (what the
+library's compiler options change), ahead (steps compiled for a GPU that need not be there).
 
 Every cell is kept as soon as it is measured, in OUTPUT/SECTION.json, and cells that are there are not measured again;
 OUTPUT/README.md has the tables. Methods are timed in turn in one process: compare times within one cell, not between cells or
@@ -24,7 +25,18 @@ from experiments.process import start_over
 
 __all__ = ["SCALES", "SECTIONS", "main"]
 
-SECTIONS = ("steps", "inference", "parts", "growth", "compilations", "truncation", "convolutions", "pages", "compiler")
+SECTIONS = (
+    "steps",
+    "inference",
+    "parts",
+    "growth",
+    "compilations",
+    "truncation",
+    "convolutions",
+    "pages",
+    "compiler",
+    "ahead",
+)
 _METHODS = (
     "dense",
     "factorized",
