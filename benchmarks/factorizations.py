@@ -132,13 +132,17 @@ def spread_over(mesh: Mesh) -> Iterator[None]:
 
     from tdlrt_jax import batching
 
-    def run(call: Callable[[Any], Any], batch: Any) -> Any:
+    def run(call: Callable[..., Any], *batch: Any) -> Any:
         count = jax.tree.leaves(batch)[0].shape[0]
         rows = jnp.minimum(jnp.arange(-(-count // mesh.size) * mesh.size), count - 1)  # the last again, as a filling
         filled = jax.tree.map(lambda leaf: leaf[rows], batch)
         part = PartitionSpec("data")
         share = jax.shard_map(
-            lambda rows: jax.lax.map(call, rows), mesh=mesh, in_specs=part, out_specs=part, check_vma=False
+            lambda rows: jax.lax.map(lambda row: call(*row), rows),
+            mesh=mesh,
+            in_specs=part,
+            out_specs=part,
+            check_vma=False,
         )
         gathered = jax.lax.with_sharding_constraint(share(filled), NamedSharding(mesh, PartitionSpec()))
         return jax.tree.map(lambda leaf: leaf[:count], gathered)

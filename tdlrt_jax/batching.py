@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["few_and_large", "map_batched"]
+__all__ = ["Batches", "few_and_large", "map_batched", "map_light"]
 
 # What the operations of a batch cost beside their work, in entries of arrays: a row joins one where it adds no more than this.
 _BATCH = 2**21
@@ -55,38 +55,76 @@ def map_batched(
       >>> [y.tolist() for y in map_batched(jnp.sum, [jnp.ones(2), jnp.ones(3), jnp.zeros(2)])]
       [2.0, 3.0, 0.0]
     """
-    rows = list(zip(*columns, strict=True))
-    extras: Sequence[Hashable] = [None] * len(rows) if static is None else static
-    pad = apart is not None and few_and_large()
-    groups: dict[Hashable, list[int]] = {}
-    for index, (row, extra) in enumerate(zip(rows, extras, strict=True)):
-        leaves, treedef = jax.tree.flatten(row)
-        sizes = [jnp.ndim(leaf) if pad else jnp.shape(leaf) for leaf in leaves]
-        key = (treedef, extra, apart[index] if pad and apart else None, *zip(sizes, map(jnp.result_type, leaves)))
-        groups.setdefault(key, []).append(index)
+    batches = Batches(columns, static, apart)
+    return batches.split(function, batches.run(function))
 
-    results: list[Any] = [None] * len(rows)
-    for group in groups.values():
-        for members in _padded_together(rows, group) if pad else [group]:
 
-            def call(row: tuple, extra: Hashable = extras[members[0]]) -> Any:
-                return function(*row) if static is None else function(extra, *row)
+class Batches:
+    """The rows of :func:`map_batched` sorted into batches, for several functions one after the other."""
 
-            if len(members) == 1:
-                results[members[0]] = call(rows[members[0]])
-                continue
-            batch = jax.tree.map(_stack, *[rows[index] for index in members])
-            out = _run(call, batch)
+    def __init__(
+        self,
+        columns: Sequence[Sequence[Any]],
+        static: Sequence[Hashable] | None = None,
+        apart: Sequence[Hashable] | None = None,
+    ):
+        """Arguments as those of :func:`map_batched`."""
+        self._rows = list(zip(*columns, strict=True))
+        self._extras = [()] * len(self._rows) if static is None else [(extra,) for extra in static]
+        self._pad = apart is not None and few_and_large()
+        groups: dict[Hashable, list[int]] = {}
+        for index, (row, extra) in enumerate(zip(self._rows, self._extras, strict=True)):
+            leaves, treedef = jax.tree.flatten(row)
+            sizes = [jnp.ndim(leaf) if self._pad else jnp.shape(leaf) for leaf in leaves]
+            key = (treedef, extra, apart[index] if self._pad and apart else None)
+            groups.setdefault((*key, *zip(sizes, map(jnp.result_type, leaves))), []).append(index)
+        self._members = [
+            members
+            for group in groups.values()
+            for members in (_padded_together(self._rows, group) if self._pad else [group])
+        ]
+        self._stacked = [
+            jax.tree.map(_stack, *[self._rows[index] for index in members]) if len(members) > 1 else None
+            for members in self._members
+        ]
+
+    def run(self, function: Callable[..., Any], *results: Sequence[Any]) -> list[Any]:
+        """``function(*row, *results)`` for all rows, the results of earlier runs being those of the row: a list to be split."""
+        found = []
+        for members, stacked, *more in zip(self._members, self._stacked, *results):
+            call = self._call(function, members[0])
+            found.append(call(self._rows[members[0]], *more) if stacked is None else _run(call, stacked, *more))
+        return found
+
+    def split(self, function: Callable[..., Any], results: Sequence[Any]) -> list:
+        """What a run of ``function`` found, row by row in their order."""
+        single: list[Any] = [None] * len(self._rows)
+        for members, stacked, result in zip(self._members, self._stacked, results):
             for position, index in enumerate(members):
-                results[index] = jax.tree.map(lambda leaf, position=position: leaf[position], out)
-                if pad:
-                    results[index] = jax.tree.map(_cut, results[index], jax.eval_shape(call, rows[index]))
-    return results
+                if stacked is None:
+                    single[index] = result
+                    continue
+                single[index] = jax.tree.map(lambda leaf, position=position: leaf[position], result)
+                if self._pad:
+                    shapes = jax.eval_shape(self._call(function, index), self._rows[index])
+                    single[index] = jax.tree.map(_cut, single[index], shapes)
+        return single
+
+    def _call(self, function: Callable[..., Any], index: int) -> Callable[..., Any]:
+        return lambda row, *results: function(*self._extras[index], *row, *results)
 
 
-def _run(call: Callable[[Any], Any], batch: Any) -> Any:
+def map_light(function: Callable[..., Any], *columns: Sequence[Any]) -> list:
+    """:func:`map_batched` of an operation or two, which may append zeros: on the CPU, where a loop is dearer, one by one."""
+    if few_and_large():
+        return map_batched(function, *columns, apart=[None] * len(columns[0]))
+    return [function(*row) for row in zip(*columns, strict=True)]
+
+
+def _run(call: Callable[..., Any], *batch: Any) -> Any:
     """A function of one row on all rows of a batch, stacked along the first axes."""
-    return jax.lax.map(call, batch) if jax.default_backend() == "cpu" else jax.vmap(call)(batch)
+    on_the_host = jax.default_backend() == "cpu"
+    return jax.lax.map(lambda rows: call(*rows), batch) if on_the_host else jax.vmap(call)(*batch)
 
 
 def _padded_together(rows: Sequence[tuple], group: Sequence[int]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from jax import Array
 
 from tdlrt_jax import batching
 from tdlrt_jax.arguments import check_callable
-from tdlrt_jax.batching import map_batched
+from tdlrt_jax.batching import map_batched, map_light
 from tdlrt_jax.orthonormal import orthonormal_rows
 from tdlrt_jax.paths import path_name
 from tdlrt_jax.tucker import (
@@ -72,8 +72,8 @@ def is_kernel(node: Any) -> bool:
     return isinstance(node, TuckerTensor | Frame)
 
 
-def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tuple[Array, Array]:
-    """``Q_i^T`` and ``K_i = U_i S_i`` of ``Mat_i(C)^T = Q_i S_i^T`` (lines 2-3); ``S_i`` is triangular on the CPU only.
+def _orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tuple[Array, Array]:
+    """``Q_i^T`` and ``K_i = U_i S_i`` of ``Mat_i(C)^T = Q_i S_i^T`` (lines 2-3), ``S_i`` triangular.
 
     Args:
       unfolding: ``Mat_i(C)``, ``(R_i, prod_{j != i} R_j)``.
@@ -86,28 +86,31 @@ def orthonormal_unfolding(unfolding: Array, active: Array, factor: Array) -> tup
       the core.
     """
     in_use = active_columns(factor)
-    if batching.few_and_large():
-        rows = jnp.where(active, orthonormal_rows(jnp.where(active, unfolding, 0)), 0)
-        s = jnp.where(in_use[:, None], jnp.matmul(unfolding, rows.T, precision=HIGHEST), 0)
-        return rows, jnp.matmul(factor, s, precision=HIGHEST)
     q, triangular = jnp.linalg.qr(unfolding.T)
     s = jnp.where(in_use[:, None] & in_use[None, :], triangular.T, 0)
     return jnp.where(active, q.T, 0), jnp.matmul(factor, s, precision=HIGHEST)
 
 
-def active_core(kernel: TuckerTensor) -> Array:
-    """Which entries of the core are in use: booleans of the core's shape."""
-    return active_entries(kernel.core.shape, kernel.factors)
+def _with_rows(rows: Array, unfolding: Array, active: Array, factor: Array) -> tuple[Array, Array]:
+    """The same from an orthonormal basis of the unfolding's rows; ``S_i`` is not triangular then."""
+    rows = jnp.where(active, rows, 0)
+    s = jnp.where(active_columns(factor)[:, None], jnp.matmul(unfolding, rows.T, precision=HIGHEST), 0)
+    return rows, jnp.matmul(factor, s, precision=HIGHEST)
 
 
 def active_entries(shape: tuple[int, ...], bases: Sequence[ModeArray]) -> Array:
     """Which entries of a core of the given shape belong to columns that exist, given the basis of each mode: booleans."""
+    return entries_in_use(shape, [None if basis is None else active_columns(basis) for basis in bases])
+
+
+def entries_in_use(shape: tuple[int, ...], columns: Sequence[ModeArray]) -> Array:
+    """The same, given which columns of each mode exist."""
     mask = jnp.ones(shape, bool)
-    for mode, basis in enumerate(bases):
-        if basis is not None:
-            columns = [1] * len(shape)
-            columns[mode] = -1
-            mask = mask & active_columns(basis).reshape(columns)
+    for mode, exist in enumerate(columns):
+        if exist is not None:
+            along = [1] * len(shape)
+            along[mode] = -1
+            mask = mask & exist.reshape(along)
     return mask
 
 
@@ -140,16 +143,21 @@ def lift_all(kernels: Sequence[TuckerTensor]) -> list[Frame]:
     Frames are in float32 at least, also where a core is stored in less.
     """
     modes = [(i, mode) for i, k in enumerate(kernels) for mode, factor in enumerate(k.factors) if factor is not None]
-    masks = [active_core(kernel) for kernel in kernels]
+    in_use = dict(zip(modes, map_light(active_columns, [kernels[i].factors[mode] for i, mode in modes])))
+    masks = [
+        entries_in_use(kernel.core.shape, [in_use.get((i, mode)) for mode in range(len(kernel.factors))])
+        for i, kernel in enumerate(kernels)
+    ]
     cores = [kernel.core.astype(jnp.promote_types(kernel.core.dtype, jnp.float32)) for kernel in kernels]
     with jax.named_scope("tdlrt.lift"):
-        parts = map_batched(
-            orthonormal_unfolding,
-            [unfold(cores[i], mode) for i, mode in modes],
-            [unfold(masks[i], mode) for i, mode in modes],
-            [kernels[i].factors[mode] for i, mode in modes],
-            apart=[None] * len(modes),
-        )
+        unfoldings = [unfold(cores[i], mode) for i, mode in modes]
+        active = [unfold(masks[i], mode) for i, mode in modes]
+        factors = [kernels[i].factors[mode] for i, mode in modes]
+        if batching.few_and_large():
+            cleared = [jnp.where(where, unfolding, 0) for where, unfolding in zip(active, unfoldings)]
+            parts = orthonormal_rows(cleared, _with_rows, unfoldings, active, factors)
+        else:
+            parts = map_batched(_orthonormal_unfolding, unfoldings, active, factors)
     Q: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     K: list[list[ModeArray]] = [[None] * len(kernel.factors) for kernel in kernels]
     for (i, mode), (q, k) in zip(modes, parts):

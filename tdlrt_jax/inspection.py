@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tdlrt_jax.batching import map_batched
+from tdlrt_jax.batching import map_batched, map_light
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, unfold
 
@@ -78,31 +78,26 @@ def look_plain(frames: Sequence[Frame], grads: Sequence[TuckerTensor]) -> Array:
 
     One mode of each kernel tells, the last that has a factor.
     """
-    mismatch, agreement, total = [], [], []
+    rows: list[tuple[Array, ...]] = []
     for frame, grad in zip(frames, grads):
         modes = enumerate(zip(frame.U, grad.factors, frame.Q or ()))
         told = [mode for mode, parts in modes if all(part is not None for part in parts)]
-        if not told:
-            continue
-        mode = told[-1]
-        u, dk, q = frame.U[mode], grad.factors[mode], frame.Q[mode]
-        assert u is not None and dk is not None
-        inside = jnp.matmul(u.T, dk, precision=HIGHEST)
-        core = jnp.matmul(unfold(grad.core, mode), unfold(q, mode).T, precision=HIGHEST)
-        mismatch += [inside - core]
-        agreement += [inside, core]
-        total += [dk, grad.core]
+        if told:
+            mode = told[-1]
+            rows.append((frame.U[mode], grad.factors[mode], unfold(grad.core, mode), unfold(frame.Q[mode], mode)))
+    if not rows:
+        return jnp.zeros((), bool)
     # At a stationary point both sides are rounding; only a mismatch that matters beside the whole gradient counts.
-    apart = _energy(mismatch)
-    return (apart > 0.25 * _energy(agreement)) & (apart > 1e-4 * _energy(total))
+    apart, agreement, total = sum(map_light(_beside_plain, *zip(*rows)), start=jnp.zeros(3))
+    return (apart > 0.25 * agreement) & (apart > 1e-4 * total)
 
 
-def _energy(arrays: Sequence[Array]) -> Array:
-    """The sum of all squares, a float32 scalar."""
-    large = [jnp.sum(array**2).astype(jnp.float32) for array in arrays if array.size > _SMALL]
-    small = [jnp.ravel(array).astype(jnp.float32) for array in arrays if array.size <= _SMALL]
-    together = [jnp.sum(jnp.concatenate(small) ** 2)] if small else []
-    return sum(large + together, start=jnp.zeros((), jnp.float32))
+def _beside_plain(u: Array, dk: Array, core: Array, q: Array) -> Array:
+    """The energies of ``U^T dK - Mat(dC) Q``, of both together, and of the gradient."""
+    inside = jnp.matmul(u.T, dk, precision=HIGHEST)
+    core_part = jnp.matmul(core, q.T, precision=HIGHEST)
+    pairs = [(inside - core_part,), (inside, core_part), (dk, core)]
+    return jnp.stack([sum(jnp.sum(part**2) for part in parts) for parts in pairs]).astype(jnp.float32)
 
 
 def _is_inexact(leaf: Any) -> bool:

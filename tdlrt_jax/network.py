@@ -6,7 +6,7 @@ evaluations, with one inner state for all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tdlrt_jax.batching import map_batched
-from tdlrt_jax.frame import Frame, active_core, chart_point, core_frame, lift_all
+from tdlrt_jax.batching import map_batched, map_light
+from tdlrt_jax.frame import Frame, chart_point, core_frame, entries_in_use, lift_all
 from tdlrt_jax.inspection import all_finite
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all, unchanged
 from tdlrt_jax.integrators import embed as embed_step
@@ -36,10 +36,10 @@ from tdlrt_jax.tucker import (
     ModeArray,
     TuckerTensor,
     active_columns,
-    active_rank,
     capacity,
     is_tucker,
     kernel_shape,
+    rank_of,
     whole_sizes,
 )
 
@@ -231,8 +231,7 @@ class NetworkStep(NamedTuple):
             for grad, point, kernel in zip(self.tree.pick(gradients), points, kernels)
         ]
         nodes, inner_state = self._inner_update(gradients, grads, points, inner_state)
-        for position, kernel in zip(self.tree.positions, kernels):
-            nodes[position] = _mask(nodes[position], kernel)
+        nodes = self._masked(nodes)
         if hold:
             inner_state = self._with_factors(inner_state, {"linear": before, "squared": floored})
         return self._ranks_stay(self._of_cores(nodes), nodes, inner_state)
@@ -248,14 +247,20 @@ class NetworkStep(NamedTuple):
         return jax.tree.unflatten(treedef, nodes)
 
     def _of_cores(self, nodes: list[Any]) -> list[TuckerTensor]:
-        """The kernels' updates, without those of the factors."""
-        return [_of_core(update.core, kernel) for update, kernel in zip(self.tree.pick(nodes), self.tree.kernels)]
+        """The kernels' updates, without those of the factors.
+
+        Negative zeros stand for these, which change nothing at all, and whether the step is accepted or not.
+        """
+        still = [jax.tree.map(lambda factor: -jnp.zeros_like(factor), kernel.factors) for kernel in self.tree.kernels]
+        return [TuckerTensor(update.core, factors) for update, factors in zip(self.tree.pick(nodes), still)]
 
     def _ranks_stay(self, updates: list[TuckerTensor], nodes: list[Any], inner_state: Any) -> StepOutcome:
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
             inner=inner_state,
-            rank=[active_rank(kernel) for kernel in self.tree.kernels],
+            rank=[
+                rank_of(kernel.core.shape, in_use) for kernel, in_use in zip(self.tree.kernels, self._columns_in_use())
+            ],
             error=[jnp.zeros((), jnp.float32) for _ in updates],
             pressing=jnp.zeros((), bool),
             finite=jnp.ones((), bool),
@@ -272,11 +277,22 @@ class NetworkStep(NamedTuple):
 
     def _first_update(self, frames: list[Frame], gradients: list[Any], state: Any) -> tuple[list[Any], Any]:
         """Line 4: the inner update of ``(C, K_i)`` and all other leaves, from the first gradient."""
-        projected = [_project(grad, frame) for grad, frame in zip(self.tree.pick(gradients), frames)]
+        projected = _projected(self.tree.pick(gradients), frames)
         nodes, state = self._inner_update(gradients, projected, [chart_point(frame) for frame in frames], state)
-        for position, kernel in zip(self.tree.positions, self.tree.kernels):
-            nodes[position] = _mask(nodes[position], kernel)
-        return nodes, state
+        return self._masked(nodes), state
+
+    def _columns_in_use(self) -> list[tuple[ModeArray, ...]]:
+        return _map_modes(active_columns, [kernel.factors for kernel in self.tree.kernels])
+
+    def _masked(self, nodes: list[Any]) -> list[Any]:
+        """Updates with nothing in the kernels' padding, whatever the inner transformation put there (noise, say)."""
+        nodes = list(nodes)
+        for position, kernel, in_use in zip(self.tree.positions, self.tree.kernels, self._columns_in_use()):
+            update = nodes[position]
+            factors = [None if exist is None else jnp.where(exist, du, 0) for exist, du in zip(in_use, update.factors)]
+            exists = entries_in_use(kernel.core.shape, in_use)
+            nodes[position] = TuckerTensor(jnp.where(exists, update.core, 0), tuple(factors))
+        return nodes
 
     def _second_update(
         self,
@@ -383,29 +399,31 @@ class NetworkStep(NamedTuple):
         return jax.tree.unflatten(treedef, nodes)
 
 
-def _project(grad: TuckerTensor, frame: Frame) -> TuckerTensor:
+def _projected(gradients: list[TuckerTensor], frames: list[Frame]) -> list[TuckerTensor]:
     """``(dC, (I - U_i U_i^T) dK_i)``: orthogonal coordinates of the projected gradient, so norms are those of the gradient."""
-    factors: list[ModeArray] = []
-    for u, dk in zip(frame.U, grad.factors):
-        if u is None or dk is None:
-            factors.append(None)
-            continue
-        dk = dk.astype(u.dtype)
-        factors.append(dk - jnp.matmul(u, jnp.matmul(u.T, dk, precision=HIGHEST), precision=HIGHEST))
-    return TuckerTensor(grad.core.astype(frame.core.dtype), tuple(factors))
+    factors = _map_modes(_project_out, [frame.U for frame in frames], [grad.factors for grad in gradients])
+    return [
+        TuckerTensor(grad.core.astype(frame.core.dtype), projected)
+        for grad, frame, projected in zip(gradients, frames, factors)
+    ]
+
+
+def _project_out(u: Array, dk: Array) -> Array:
+    dk = dk.astype(u.dtype)
+    return dk - jnp.matmul(u, jnp.matmul(u.T, dk, precision=HIGHEST), precision=HIGHEST)
+
+
+def _map_modes(function: Callable[..., Array], *columns: Sequence[Sequence[ModeArray]]) -> list[tuple[ModeArray, ...]]:
+    """A function of an operation or two on every mode of every kernel; None where one of its arguments is."""
+    rows = [list(zip(*modes)) for modes in zip(*columns)]
+    present = [row for modes in rows for row in modes if all(part is not None for part in row)]
+    results = iter(map_light(function, *zip(*present)) if present else [])
+    return [tuple(None if any(part is None for part in row) else next(results) for row in modes) for modes in rows]
 
 
 def _of_core(core: Array, kernel: TuckerTensor) -> TuckerTensor:
     """A core beside zeros for everything else of a kernel."""
     return TuckerTensor(core, jax.tree.map(jnp.zeros_like, kernel.factors))
-
-
-def _mask(update: TuckerTensor, kernel: TuckerTensor) -> TuckerTensor:
-    """An update with nothing in the padding, whatever the inner transformation put there (noise, say)."""
-    factors = [
-        None if u is None else jnp.where(active_columns(u), du, 0) for u, du in zip(kernel.factors, update.factors)
-    ]
-    return TuckerTensor(jnp.where(active_core(kernel), update.core, 0), tuple(factors))
 
 
 def _pressing(bound: Array, kernel: TuckerTensor, policy: RankPolicy) -> Array:

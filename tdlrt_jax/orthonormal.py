@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tdlrt_jax.batching import Batches, few_and_large
 from tdlrt_jax.ranks import tails
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, magnitude
@@ -31,45 +36,74 @@ def cholesky_qr(columns: Array, active: Array) -> Array:
         triangular = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype)))
         return jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
 
-    return jnp.where(active, jax.lax.fori_loop(0, 2, orthonormalize, columns), 0)
+    # A loop is compiled once; on a GPU it would keep what is before and after it from being launched together.
+    return jnp.where(active, jax.lax.fori_loop(0, 2, orthonormalize, columns, unroll=2 if few_and_large() else 1), 0)
 
 
-def orthonormal_rows(matrix: Array) -> Array:
-    """``Q^T``, whose rows are an orthonormal basis of the row space of a matrix, for any conditioning.
+def orthonormal_rows(
+    matrices: Sequence[Array], then: Callable[..., Any] = lambda rows: rows, *columns: Sequence[Any]
+) -> list[Any]:
+    """``Q^T`` of each matrix, whose rows are an orthonormal basis of its row space, for any conditioning.
 
     A core that comes from a truncation has nearly orthogonal slices, and then two rounds of Cholesky-QR do, once they have
-    norm 1. Where these find that slices depend on one another, the principal directions take their place. What is within 50
-    roundings of the matrix, all of it together, is left out: it says nothing of the core that its rounding errors do not.
+    norm 1. Where these find that slices depend on one another, the principal directions take their place: whether they do
+    anywhere is looked at once for all matrices, since a GPU waits for its host each time. What is within 50 roundings of the
+    matrix, all of it together, is left out: it says nothing of the core that its rounding errors do not.
 
     Args:
-      matrix: ``(R, k)``.
+      matrices: ``(R, k)`` each.
+      then: ``then(Q^T, *row)`` with the row of the ``columns``, what is wanted of them; default: they themselves.
+      columns: as many entries as there are matrices.
 
     Returns:
-      ``(R, k)``, with zero rows for what does not exist. ``matrix = S Q^T`` for ``S = matrix Q``, to rounding.
+      ``Q^T`` ``(R, k)`` each, with zero rows for what does not exist, and ``matrix = S Q^T`` for ``S = matrix Q``, to rounding;
+      or what ``then`` made of it.
     """
+    batches = Batches([matrices, *columns], apart=[None] * len(matrices))
+
+    def quickly(matrix: Array, *row: Any) -> tuple[Any, Array]:
+        rows, failed = _quickly(matrix)
+        return then(rows, *row), failed
+
+    def surely(matrix: Array, *rest: Any) -> tuple[Any, Array]:
+        *row, (found, failed) = rest
+        again = then(_surely(matrix), *row)
+        return jax.tree.map(partial(jnp.where, failed), again, found), jnp.zeros((), bool)
+
+    # A loop and no conditional: under vmap, a conditional would always do both.
+    found = jax.lax.while_loop(
+        lambda found: jnp.any(jnp.stack([jnp.zeros((), bool), *(jnp.any(failed) for _, failed in found)])),
+        lambda found: batches.run(surely, found),
+        batches.run(quickly),
+    )
+    # Whatever is not used of it: else loops over the same matrices differ, and XLA keeps both.
+    found = jax.lax.optimization_barrier(found)
+    return batches.split(lambda *row: then(*row), [result for result, _ in found])
+
+
+def _quickly(matrix: Array) -> tuple[Array, Array]:
+    """Rows by Cholesky-QR, and whether they are not orthonormal."""
+    matrix, floor = _scaled(matrix)
+    norms = jnp.linalg.norm(matrix, axis=1)
+    active = ~(norms <= floor / matrix.shape[0] ** 0.5)  # so that a matrix that is not finite stays visible
+    rows = jnp.where(active[:, None], matrix / jnp.where(norms > 0, norms, 1)[:, None], 0)
+    rows = cholesky_qr(rows.T, active).T
+    gram = jnp.matmul(rows, rows.T, precision=HIGHEST)
+    deviation = jnp.max(jnp.abs(gram - jnp.diag(jnp.any(rows != 0, axis=1).astype(gram.dtype))))
+    return rows, ~(deviation <= _EXACT * jnp.finfo(gram.dtype).eps)
+
+
+def _surely(matrix: Array) -> Array:
+    """Rows by principal directions."""
+    matrix, floor = _scaled(matrix)
+    _, rows, energies = principal_rotation(matrix, jnp.any(matrix != 0, axis=1), ALL_ROUNDS)
+    kept = ~(tails(energies) <= floor**2)
+    rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)
+    return cholesky_qr(rows.T, kept).T
+
+
+def _scaled(matrix: Array) -> tuple[Array, float]:
+    """A matrix at norm 1, and what of it counts as rounding."""
     matrix = matrix / magnitude(matrix)
     norm = jnp.linalg.norm(matrix)
-    matrix = matrix / jnp.where(norm > 0, norm, 1)
-    floor = 50 * jnp.finfo(matrix.dtype).eps
-
-    def quickly() -> Array:
-        norms = jnp.linalg.norm(matrix, axis=1)
-        active = ~(norms <= floor / matrix.shape[0] ** 0.5)  # so that a matrix that is not finite stays visible
-        rows = jnp.where(active[:, None], matrix / jnp.where(norms > 0, norms, 1)[:, None], 0)
-        return cholesky_qr(rows.T, active).T
-
-    def failed(carry: tuple[Array, Array]) -> Array:
-        done, rows = carry
-        gram = jnp.matmul(rows, rows.T, precision=HIGHEST)
-        deviation = jnp.max(jnp.abs(gram - jnp.diag(jnp.any(rows != 0, axis=1).astype(gram.dtype))))
-        return ~done & ~(deviation <= _EXACT * jnp.finfo(gram.dtype).eps)
-
-    def surely(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        del carry
-        _, rows, energies = principal_rotation(matrix, jnp.any(matrix != 0, axis=1), ALL_ROUNDS)
-        kept = ~(tails(energies) <= floor**2)
-        rows = jnp.where(kept[:, None], rows / jnp.sqrt(jnp.where(energies > 0, energies, 1))[:, None], 0)
-        return jnp.ones((), bool), cholesky_qr(rows.T, kept).T
-
-    # A loop and no conditional: of a batch, a conditional would always do both.
-    return jax.lax.while_loop(failed, surely, (jnp.zeros((), bool), quickly()))[1]
+    return matrix / jnp.where(norm > 0, norm, 1), 50 * float(jnp.finfo(matrix.dtype).eps)

@@ -258,11 +258,14 @@ def active_rank(kernel: TuckerTensor) -> Array:
       [2, 2]
     """
     check_kernel(kernel)
-    ranks = [
-        jnp.int32(size) if factor is None else jnp.sum(active_columns(factor), dtype=jnp.int32)
-        for size, factor in zip(capacity(kernel), kernel.factors)
-    ]
-    return jnp.stack(ranks)
+    columns = [None if factor is None else active_columns(factor) for factor in kernel.factors]
+    return rank_of(capacity(kernel), columns)
+
+
+def rank_of(sizes: Sequence[int], columns: Sequence[ModeArray]) -> Array:
+    """The same, given the core's sizes and which columns of each mode are in use; None for a whole mode."""
+    pairs = zip(sizes, columns)
+    return jnp.stack([jnp.int32(n) if used is None else jnp.sum(used, dtype=jnp.int32) for n, used in pairs])
 
 
 def parameter_count(shape: Sequence[int], rank: Sequence[int], whole: Sequence[bool] | None = None) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from tdlrt_jax import Budget, batching, tdlrt, tdlrt_step
+import tdlrt_jax
+from tdlrt_jax import Budget, batching, tdlrt, tdlrt_step, tucker_conv, tucker_linear
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import lift
 from tdlrt_jax.orthonormal import orthonormal_rows
@@ -75,8 +76,6 @@ def _scaled(kernel):
 
 
 def loss_fn(params, x, y):
-    from tdlrt_jax import tucker_conv, tucker_linear
-
     for name in ("first", "second", "third"):
         x = jnp.tanh(tucker_conv(x, params[name]))
     return jnp.mean((tucker_linear(jnp.mean(x, axis=(1, 2)), params["head"]) + params["bias"] - y) ** 2)
@@ -141,6 +140,44 @@ def test_one_batch_a_factorization_whatever_the_sizes(as_on_a_gpu):
     assert "geqrf" not in text and text.count("@lapack_spotrf_ffi(") > 0
 
 
+@pytest.mark.parametrize("options", [{"ranks_stay": True}, {}], ids=["ranks_stay", "whole"])
+def test_what_a_step_adds_does_not_grow_with_the_kernels(options, as_on_a_gpu, monkeypatch, rng):
+    """Matrix products, factorizations and loops beside those of the two passes are as many for five kernels as for two."""
+    monkeypatch.setattr(batching, "_run", lambda call, *batch: jax.vmap(call)(*batch))
+
+    def counted(kernels):
+        ranks = [(3, 3, 6 + i, 5) for i in range(kernels)]  # no two alike
+        params = {
+            f"conv{i}": _scaled(random_kernel(rng, (3, 3, 12, 12), r, r, jnp.float32)) for i, r in enumerate(ranks)
+        }
+
+        def loss(params, x):
+            for kernel in params.values():
+                x = tucker_conv(x, kernel)
+            return jnp.mean(x**2)
+
+        tx = tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.05, integrator="parallel")
+        x = jnp.ones((2, 5, 5, 12))
+        step = tdlrt_step(loss, tx, donate=False, **options).lower(params, tx.init(params), x).as_text()
+        passes = jax.jit(tdlrt_jax.value_and_grad(loss)).lower(params, x).as_text()
+        names = (
+            "stablehlo.dot_general",
+            "stablehlo.while",
+            "@lapack_ssyevd_ffi(",
+            "@lapack_spotrf_ffi(",
+            "triangular_solve",
+        )
+        return {name: step.count(name) - passes.count(name) for name in names}
+
+    two, five = counted(2), counted(5)
+    assert two == five
+    assert two["stablehlo.dot_general"] > 10 and two["@lapack_spotrf_ffi("] > 0
+
+
+def rows_of(matrix):
+    return orthonormal_rows([matrix])[0]
+
+
 @pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, 8.0])
 @pytest.mark.parametrize("shape", [(6, 40), (24, 24), (1, 9), (5, 200)])
 def test_orthonormal_rows_of_any_conditioning(decay, shape, rng):
@@ -148,7 +185,7 @@ def test_orthonormal_rows_of_any_conditioning(decay, shape, rng):
     left, right = orthonormal(rng, shape[0], shape[0]), orthonormal(rng, shape[1], shape[0])
     values = 10.0 ** -np.linspace(0, decay, shape[0])
     matrix = (left * values) @ right.T
-    rows = np.asarray(jax.jit(orthonormal_rows)(jnp.asarray(matrix, jnp.float32)), np.float64)
+    rows = np.asarray(jax.jit(rows_of)(jnp.asarray(matrix, jnp.float32)), np.float64)
     exist = np.any(rows != 0, axis=1)
     assert np.abs(rows @ rows.T - np.diag(exist)).max() < 3e-6
     assert np.linalg.norm(matrix - (matrix @ rows.T) @ rows) < 55 * 2**-23 * np.linalg.norm(matrix)  # it may lose 50
@@ -158,13 +195,13 @@ def test_orthonormal_rows_of_any_conditioning(decay, shape, rng):
 def test_orthonormal_rows_of_dependent_rows_and_of_none(rng):
     row = rng.normal(size=(1, 12))
     matrix = jnp.asarray(np.concatenate([row, 2 * row, row + 1e-4 * rng.normal(size=(1, 12)), 0 * row]), jnp.float32)
-    rows = np.asarray(orthonormal_rows(matrix), np.float64)
+    rows = np.asarray(rows_of(matrix), np.float64)
     exist = np.any(rows != 0, axis=1)
     assert exist.sum() == 2 and np.abs(rows @ rows.T - np.diag(exist)).max() < 3e-6
     kept = np.asarray(matrix, np.float64)
     assert np.linalg.norm(kept - (kept @ rows.T) @ rows) < 5e-6 * np.linalg.norm(kept)
-    assert not np.any(np.asarray(orthonormal_rows(jnp.zeros((3, 5)))))
-    assert not np.all(np.isfinite(np.asarray(orthonormal_rows(matrix.at[0, 0].set(jnp.nan)))))
+    assert not np.any(np.asarray(rows_of(jnp.zeros((3, 5)))))
+    assert not np.all(np.isfinite(np.asarray(rows_of(matrix.at[0, 0].set(jnp.nan)))))
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
