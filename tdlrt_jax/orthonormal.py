@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tdlrt_jax.batching import Batches, few_and_large
+from tdlrt_jax import batching
+from tdlrt_jax.batching import Batches
 from tdlrt_jax.ranks import tails
 from tdlrt_jax.rotation import ALL_ROUNDS, principal_rotation
 from tdlrt_jax.tucker import HIGHEST, magnitude
@@ -19,6 +20,8 @@ __all__ = ["cholesky_qr", "orthonormal_rows"]
 
 # In roundings: the largest entry of |Q^T Q - I| of rows that pass for orthonormal.
 _EXACT = 100
+# So many columns, those of the spatial modes of a 3x3 kernel, are kept out of the libraries' calls on a GPU.
+_SMALL = 4
 
 
 def cholesky_qr(columns: Array, active: Array) -> Array:
@@ -31,13 +34,38 @@ def cholesky_qr(columns: Array, active: Array) -> Array:
     Source: Yamamoto, Nakatsukasa, Yanagisawa & Fukaya (2015), CholeskyQR2.
     """
 
+    size = columns.shape[1]
+
     def orthonormalize(_: int, columns: Array) -> Array:
         gram = jnp.matmul(columns.T, columns, precision=HIGHEST)
-        triangular = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype)))
+        gram = gram + jnp.diag(jnp.where(active, 0, 1).astype(gram.dtype))
+        if batching.few_and_large() and size <= _SMALL:
+            return jnp.matmul(columns, _inverse_factor(gram).T, precision=HIGHEST)
+        triangular = jnp.linalg.cholesky(gram)
         return jax.lax.linalg.triangular_solve(triangular, columns, left_side=False, lower=True, transpose_a=True)
 
     # A loop is compiled once; on a GPU it would keep what is before and after it from being launched together.
-    return jnp.where(active, jax.lax.fori_loop(0, 2, orthonormalize, columns, unroll=2 if few_and_large() else 1), 0)
+    return jnp.where(
+        active, jax.lax.fori_loop(0, 2, orthonormalize, columns, unroll=2 if batching.few_and_large() else 1), 0
+    )
+
+
+def _inverse_factor(gram: Array) -> Array:
+    """``L^-1`` of ``gram = L L^T``, entry by entry: for a few rows one kernel, where a GPU's library needs several calls.
+
+    As a factorization by the library it is not finite where the matrix is not positive definite.
+    """
+    size = gram.shape[0]
+    factor: dict[tuple[int, int], Array] = {}
+    inverse: dict[tuple[int, int], Array] = {}
+    for i in range(size):
+        for j in range(i):
+            factor[i, j] = (gram[i, j] - sum(factor[i, k] * factor[j, k] for k in range(j))) * inverse[j, j]
+        inverse[i, i] = jax.lax.rsqrt(gram[i, i] - sum(factor[i, k] ** 2 for k in range(i)))
+        for j in range(i):
+            inverse[i, j] = -inverse[i, i] * sum(factor[i, k] * inverse[k, j] for k in range(j, i))
+    zero = jnp.zeros((), gram.dtype)
+    return jnp.stack([jnp.stack([inverse.get((i, j), zero) for j in range(size)]) for i in range(size)])
 
 
 def orthonormal_rows(

@@ -10,7 +10,7 @@ import tdlrt_jax
 from tdlrt_jax import Budget, batching, tdlrt, tdlrt_step, tucker_conv, tucker_linear
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.frame import lift
-from tdlrt_jax.orthonormal import orthonormal_rows
+from tdlrt_jax.orthonormal import _inverse_factor, cholesky_qr, orthonormal_rows
 from tests.helpers import dense64, orthonormal, orthonormality, random_kernel, tangent_to_dense
 
 
@@ -179,8 +179,8 @@ def rows_of(matrix):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, 8.0])
-@pytest.mark.parametrize("shape", [(6, 40), (24, 24), (1, 9), (5, 200)])
-def test_orthonormal_rows_of_any_conditioning(decay, shape, rng):
+@pytest.mark.parametrize("shape", [(6, 40), (24, 24), (1, 9), (3, 500), (4, 7), (5, 200)])
+def test_orthonormal_rows_of_any_conditioning(decay, shape, rng, as_on_a_gpu):
     """In float32: as orthonormal as Householder's, and the matrix is kept to rounding, its smallest directions too."""
     left, right = orthonormal(rng, shape[0], shape[0]), orthonormal(rng, shape[1], shape[0])
     values = 10.0 ** -np.linspace(0, decay, shape[0])
@@ -190,6 +190,20 @@ def test_orthonormal_rows_of_any_conditioning(decay, shape, rng):
     assert np.abs(rows @ rows.T - np.diag(exist)).max() < 3e-6
     assert np.linalg.norm(matrix - (matrix @ rows.T) @ rows) < 55 * 2**-23 * np.linalg.norm(matrix)  # it may lose 50
     assert exist.sum() >= np.sum(values > 2e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_small_columns_are_orthonormalized_as_large_ones(size, x64, rng, monkeypatch):
+    columns = orthonormal(rng, 20, size) + 0.1 * rng.normal(size=(20, size))
+    active = jnp.arange(size) < max(size - 1, 1)
+    columns = jnp.where(active, columns, 0)
+    expected = cholesky_qr(columns, active)
+    monkeypatch.setattr(batching, "few_and_large", lambda: True)
+    text = jax.jit(cholesky_qr).lower(columns, active).as_text()
+    np.testing.assert_allclose(cholesky_qr(columns, active), expected, atol=1e-14)
+    assert "potrf" not in text and "triangular_solve" not in text
+    indefinite = jnp.eye(size).at[size - 1, size - 1].set(-1)
+    assert not np.all(np.isfinite(_inverse_factor(indefinite))), "as of a factorization that failed"
 
 
 def test_orthonormal_rows_of_dependent_rows_and_of_none(rng):
