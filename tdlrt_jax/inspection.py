@@ -97,7 +97,7 @@ def _beside_plain(u: Array, dk: Array, core: Array, q: Array) -> Array:
     inside = jnp.matmul(u.T, dk, precision=HIGHEST)
     core_part = jnp.matmul(core, q.T, precision=HIGHEST)
     pairs = [(inside - core_part,), (inside, core_part), (dk, core)]
-    return jnp.stack([sum(jnp.sum(part**2) for part in parts) for parts in pairs]).astype(jnp.float32)
+    return jnp.stack([sum(jnp.sum(part.astype(jnp.float32) ** 2) for part in parts) for parts in pairs])
 
 
 def _is_inexact(leaf: Any) -> bool:
