@@ -1,6 +1,6 @@
 """Training steps compiled for a GPU ahead of time, on a machine without one: what they launch, wait for and plan to store.
 
-A small network's step on a GPU is as long as its launches, whatever they compute. JAX's CUDA plugin (``pip install
+Where kernels are small, a GPU may need less time for them than its host for handing them over. JAX's CUDA plugin (``pip install
 "tdlrt_jax[cuda]"``) compiles for a GPU by its description alone. Not done then is what needs one, the choice among algorithms of
 matrix products by trying them.
 """

@@ -7,7 +7,7 @@ import math
 import re
 from typing import NamedTuple
 
-__all__ = ["Counts", "Launches", "count", "launches"]
+__all__ = ["Counts", "Launches", "computations", "count", "launches"]
 
 
 class Counts(NamedTuple):
@@ -89,16 +89,7 @@ def launches(text: str) -> Launches:
       >>> launches(jax.jit(wait).lower(jnp.ones(2)).compile().as_text()).waits
       1
     """
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            name = head.group(2)
-            bodies[name] = []
-            entry = name if head.group(1) else entry
-        elif name and " = " in line:
-            bodies[name].append(line)
+    bodies, entry = computations(text)
 
     @functools.cache
     def total(name: str) -> Launches:
@@ -122,6 +113,21 @@ def launches(text: str) -> Launches:
         return found
 
     return total(entry)
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation of a compiled program's text, by its name, and which is the program's own."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if head:
+            name = head.group(2)
+            bodies[name] = []
+            entry = name if head.group(1) else entry
+        elif name and "=" in line:
+            bodies[name].append(line)
+    return bodies, entry
 
 
 def _called(kind: str, rest: str) -> list[str]:

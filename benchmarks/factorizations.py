@@ -26,6 +26,7 @@ from unittest import mock
 
 from benchmarks.cells import Results, ResultsError
 from benchmarks.communication import DEVICES, collectives
+from benchmarks.counts import computations
 from experiments.process import SETTINGS, start_over
 
 if TYPE_CHECKING:
@@ -60,16 +61,7 @@ def work_of(text: str) -> dict[str, float]:
       >>> work_of(jax.jit(square).lower(jnp.ones((5, 4, 4))).compile().as_text())
       {'dot': 640.0}
     """
-    bodies: dict[str, list[str]] = {}
-    entry = ""
-    for line in text.splitlines():
-        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            name = head.group(2)
-            bodies[name] = []
-            entry = name if head.group(1) else entry
-        elif bodies and "=" in line:
-            bodies[name].append(line)
+    bodies, entry = computations(text)
 
     @functools.cache
     def total(name: str) -> tuple[tuple[str, float], ...]:
