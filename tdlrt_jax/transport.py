@@ -28,9 +28,7 @@ from tdlrt_jax.tucker import (
     TuckerTensor,
     active_columns,
     is_tucker,
-    mode_product,
     multi_mode_product,
-    products_but_one,
     unfold,
 )
 
@@ -230,18 +228,17 @@ def transport(
     """
     moments: list[ModeArray] = []
     overlaps = [None if p is None else augmented.old_rows(i, p) for i, p in enumerate(rotations)]
-    but_one = products_but_one(core, rotations, transpose=True)
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
             moments.append(None)
             continue
         columns = unfold(q_new, mode).T
-        within = _dot(unfold(but_one[mode], mode), columns)
+        within = _dot(unfold(multi_mode_product(core, rotations, transpose=True, skip=mode), mode), columns)
         within = within - _dot(p, _dot(p.T, within))
         outside = k - _dot(basis, _dot(basis.T, k))
         change = _dot(unfold(multi_mode_product(q_old, overlaps, transpose=True, skip=mode), mode), columns)
         moments.append(_dot(basis, within) + _dot(outside, change))
-    return TuckerTensor(_last_product(but_one, rotations), tuple(moments))
+    return TuckerTensor(multi_mode_product(core, rotations, transpose=True), tuple(moments))
 
 
 def transport_squares(
@@ -259,23 +256,16 @@ def transport_squares(
     moments: list[ModeArray] = []
     squared = _squares(rotations)
     overlaps = [None if p is None else augmented.old_rows(i, p) for i, p in enumerate(squared)]
-    but_one = products_but_one(core, squared, transpose=True)
     for mode, (basis, k, p, q_old, q_new) in enumerate(zip(augmented.bases, K, rotations, augmented.frame.Q, frame.Q)):
         if basis is None:
             moments.append(None)
             continue
         columns = unfold(q_new, mode).T ** 2
-        within = _dot(unfold(but_one[mode], mode), columns)
+        within = _dot(unfold(multi_mode_product(core, squared, transpose=True, skip=mode), mode), columns)
         leaving = (jnp.eye(p.shape[0], dtype=p.dtype) - _dot(p, p.T)) ** 2
         change = _dot(unfold(multi_mode_product(q_old**2, overlaps, transpose=True, skip=mode), mode), columns)
         moments.append(jnp.maximum(_dot(basis**2, _dot(leaving, within)), _dot(k, change)))
-    return _raised(TuckerTensor(_last_product(but_one, squared), tuple(moments)), frame)
-
-
-def _last_product(but_one: Sequence[Array], matrices: Sequence[ModeArray]) -> Array:
-    """The products with all matrices from those with all but one."""
-    last = matrices[-1]
-    return but_one[-1] if last is None else mode_product(but_one[-1], last.T, len(but_one) - 1)
+    return _raised(TuckerTensor(multi_mode_product(core, squared, transpose=True), tuple(moments)), frame)
 
 
 def transport_turned(moment: TuckerTensor, frame: Frame, new_frame: Frame, kind: Kind) -> TuckerTensor:

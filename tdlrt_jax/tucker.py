@@ -30,8 +30,6 @@ __all__ = [
     "mode_product",
     "multi_mode_product",
     "parameter_count",
-    "products_but_one",
-    "rank_of",
     "to_dense",
     "unfold",
 ]
@@ -201,32 +199,6 @@ def multi_mode_product(
         if mode != skip and matrix is not None:
             tensor = mode_product(tensor, matrix.T if transpose else matrix, mode)
     return tensor
-
-
-def products_but_one(tensor: Array, matrices: Sequence[ModeArray], *, transpose: bool = False) -> list[Array]:
-    """``tensor ×_{j != i} A_j`` for every mode ``i``, of which halves of the modes share what they have in common.
-
-    So a tensor of four modes takes 8 products with a matrix, where one by one they are 12.
-
-    Args:
-      tensor, matrices, transpose: as in :func:`multi_mode_product`.
-
-    Source: dimension trees, Phan, Tichavský & Cichocki (2013); Kaya & Robert (2019).
-    """
-    found: dict[int, Array] = {}
-
-    def descend(tensor: Array, modes: range) -> None:
-        """Finds those of some modes, in which the tensor is as it was; it has the products with all others."""
-        if len(modes) == 1:
-            found[modes[0]] = tensor
-            return
-        half = len(modes) // 2
-        for part, others in ((modes[:half], modes[half:]), (modes[half:], modes[:half])):
-            chosen = [matrix if mode in others else None for mode, matrix in enumerate(matrices)]
-            descend(multi_mode_product(tensor, chosen, transpose=transpose), part)
-
-    descend(tensor, range(tensor.ndim))
-    return [found[mode] for mode in range(tensor.ndim)]
 
 
 def magnitude(array: Array) -> Array:

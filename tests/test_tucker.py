@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdlrt_jax import TuckerTensor, active_rank, kernel_paths, parameter_count, to_dense
-from tdlrt_jax.tucker import fold, kernel_shape, mode_product, multi_mode_product, products_but_one, unfold
+from tdlrt_jax.tucker import fold, kernel_shape, mode_product, multi_mode_product, unfold
 from tests.helpers import random_kernel
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple)
@@ -85,18 +85,3 @@ def test_two_leaves_with_one_path_are_refused(rng):
     for tree in ({"a": {"b": kernel}, "a/b": kernel}, {"": kernel, "kernel": kernel}, {"a": {"b": bias}, "a/b": bias}):
         with pytest.raises(ValueError, match=r"two leaves have the path '(a/b|kernel)': rename one"):
             kernel_paths(tree)
-
-
-@pytest.mark.parametrize("order", [2, 3, 4, 5])
-@pytest.mark.parametrize("transpose", [False, True])
-def test_products_but_one_are_the_products_that_skip_a_mode(order, transpose, x64, rng):
-    shape = (4, 3, 5, 2, 3)[:order]
-    matrices = [jnp.asarray(rng.normal(size=(n, 2) if transpose else (2, n))) for n in shape]
-    matrices[1] = None
-    tensor = jnp.asarray(rng.normal(size=shape))
-    found = products_but_one(tensor, matrices, transpose=transpose)
-    for mode, product in enumerate(found):
-        expected = multi_mode_product(tensor, matrices, transpose=transpose, skip=mode)
-        np.testing.assert_allclose(product, expected, rtol=1e-12)
-    text = jax.jit(lambda tensor: products_but_one(tensor, [jnp.ones((2, n)) for n in shape])).lower(tensor).as_text()
-    assert text.count("dot_general") == {2: 2, 3: 5, 4: 8, 5: 12}[order]
