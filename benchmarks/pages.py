@@ -63,7 +63,7 @@ def _steps(network: Network, methods: list[str], rounds: int) -> dict[str, list[
     def faults() -> float:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
-    so_far, *seconds = in_turn({"faults": faults, **programs}, rounds=rounds).values()
+    so_far, *seconds = in_turn({"faults": faults, **programs}, rounds=rounds, warmup=2, ahead=0).values()
     counts = [after - before for before, after in zip(so_far, [*so_far[1:], faults()])]
     return {**dict(zip(methods, seconds)), "faults": counts}
 

@@ -17,10 +17,8 @@ OPTIONS = run.SCALES["smoke"]
 
 def test_timing_takes_programs_in_turn_and_their_own_seconds_where_they_have_them():
     order = []
-    seconds = timing.in_turn(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b") or 0.5}, rounds=2, warmup=1
-    )
-    assert order == ["a", "b"] * 3
+    seconds = timing.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b") or 0.5}, rounds=2)
+    assert order == ["a", "a", "b", "b"] * 3
     assert seconds["b"] == [0.5, 0.5] and len(seconds["a"]) == 2 and min(seconds["a"]) >= 0
     with pytest.raises(ValueError, match="rounds=0 must be 1 or more"):
         timing.in_turn({}, rounds=0)
