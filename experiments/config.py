@@ -20,6 +20,7 @@ __all__ = [
     "RunConfig",
     "TdlrtConfig",
     "TrainConfig",
+    "changed_by_more_epochs",
     "from_json",
 ]
 
@@ -395,6 +396,23 @@ def from_json(options: dict[str, Any]) -> TrainConfig:
                 values[name] = Path(values[name])
         sections[section.name] = kind(**values)
     return TrainConfig(**sections)
+
+
+def changed_by_more_epochs(config: TrainConfig) -> str | None:
+    """Why a run of more epochs is another one from the start; ``None`` if it goes through the epochs of the shorter one first.
+
+    Example:
+      >>> changed_by_more_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="cosine")))
+      '--schedule cosine lowers the learning rate over all of them'
+      >>> changed_by_more_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="plateau")))
+    """
+    if config.model.method == "imp":
+        return "--method imp trains for --epochs in every round"
+    if config.optimizer.schedule == "cosine":
+        return "--schedule cosine lowers the learning rate over all of them"
+    if config.tdlrt.budget is not None and config.tdlrt.budget_epochs is None:
+        return "without --budget-epochs a budget is reached after half of them"
+    return None
 
 
 # Options that say where things are and how often they are saved, not what is computed: they may differ when a run is continued.

@@ -114,6 +114,7 @@ class Ending:
                 key: stored[key]
                 for key in ("options", "command", "commit", "versions", "hardware", "settings", "started")
             },
+            **{key: stored[key] for key in ("extended",) if key in stored},
             "seed": self.config.run.seed,
             **data,
             "layers": [{**layer._asdict(), "compression": layer.compression} for layer in summary],

@@ -39,7 +39,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
     argv = argv or []
     directory = _open(config, devices)
     finished = _finished(directory, config, console)
-    if finished is not None:
+    if finished is not None and not _asks_for_more(config, finished):
         console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
         return Outcome(0, directory.path, finished)
     with Interruption() as interruption:
@@ -52,8 +52,9 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
             limit=config.data.limit,
         )
         training = Training(config, loaded, console, interruption, devices)
-        if not config.run.resume and devices.leads:
-            directory.begin(config.to_json(), environment(argv))
+        if devices.leads:
+            note = directory.extend if config.run.resume else directory.begin
+            note(config.to_json(), environment(argv))
         return training.run(directory)
 
 
@@ -67,6 +68,11 @@ def _finished(directory: RunDirectory, config: TrainConfig, console: Console) ->
         aside = directory.put_aside("result.json")
         console.print(f"{error}. Kept as {aside}; made anew from the last checkpoint", soft_wrap=True, highlight=False)
         return None
+
+
+def _asks_for_more(config: TrainConfig, finished: dict[str, Any]) -> bool:
+    """Whether the options ask for more epochs than a result has."""
+    return bool(config.optimizer.epochs > finished.get("options", {}).get("epochs", config.optimizer.epochs))
 
 
 def _open(config: TrainConfig, devices: Devices) -> RunDirectory:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LOCATIONS, TrainConfig
+from experiments.config import LOCATIONS, TrainConfig, changed_by_more_epochs
 from experiments.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
@@ -58,7 +58,7 @@ class RunDirectory:
 
         Raises:
           RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other
-            options, or holds something else.
+            options (more epochs apart, where they change nothing of those before), or holds something else.
         """
         directory = cls(config.run.run_dir or default_path(config))
         stored = directory.config()
@@ -69,7 +69,7 @@ class RunDirectory:
                 check_links(directory.path)
             except ValueError as error:
                 raise RunDirectoryError(str(error)) from None
-            directory._check_same(stored["options"], config.to_json(), stored["command"])
+            directory._check_same(stored["options"], config, stored["command"])
         elif stored is not None:
             state = "a finished run" if directory.result() else "a run that is not finished"
             raise RunDirectoryError(
@@ -97,6 +97,35 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(
                 f"{self.path} cannot be written ({error.strerror}): name another directory with --run-dir, or make room there"
+            ) from None
+
+    def extend(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Makes the run one of more epochs, if the options ask for more than it has; its result stays, named by its epochs.
+
+        Raises:
+          RunDirectoryError: if it cannot be written; the run is as it was, or asks for a last checkpoint's result anew.
+        """
+        stored = self.config() or {}
+        epochs = stored["options"].get("epochs", options["epochs"])
+        if options["epochs"] == epochs:
+            return
+        words = [word for word in shlex.split(environment["command"]) if word != "--resume"]
+        extended = {"epochs": epochs, "commit": environment["commit"], "started": environment["started"]}
+        try:
+            if (self.path / "result.json").exists():
+                (self.path / "result.json").rename(self.path / f"result-{epochs}-epochs.json")
+            write_sealed(
+                self.path / "config.json",
+                {
+                    **stored,
+                    "options": {**stored["options"], "epochs": options["epochs"]},
+                    "command": shlex.join(words),
+                    "extended": [*stored.get("extended", []), extended],
+                },
+            )
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} cannot be written ({error.strerror}): make room there, and give the same command again"
             ) from None
 
     def config(self) -> dict[str, Any] | None:
@@ -181,10 +210,19 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not what experiments.train writes: {error}") from None
         return content
 
-    def _check_same(self, stored: dict[str, Any], given: dict[str, Any], command: str) -> None:
+    def _check_same(self, stored: dict[str, Any], config: TrainConfig, command: str) -> None:
         stored = {**TrainConfig().to_json(), **stored}  # options younger than the run had their defaults
+        given = config.to_json()
         names = [name for name in sorted(stored.keys() | given.keys()) if name not in LOCATIONS]
         differing = [name for name in names if stored.get(name) != given.get(name)]
+        if differing == ["epochs"] and given["epochs"] > stored["epochs"]:
+            reason = changed_by_more_epochs(config)
+            if reason is None:
+                return
+            raise RunDirectoryError(
+                f"{self.path} holds a run of {stored['epochs']} epochs, which cannot be made one of {given['epochs']}: {reason}. "
+                "Start another run in another --run-dir. Nothing was changed"
+            )
         if differing:
             listed = "\n".join(
                 f"  --{name.replace('_', '-')}: {stored.get(name)} there, {given.get(name)} given" for name in differing

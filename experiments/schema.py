@@ -54,6 +54,7 @@ def check_config(config: Any) -> None:
     """Raises ``ValueError`` for what is not the ``config.json`` of a run."""
     _check(config, "config", dict)
     _check_options(config.get("options", {}))
+    _check(config.get("extended", []), "extended", list)
     command = config.get("command")
     if command is None:
         return

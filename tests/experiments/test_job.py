@@ -4,13 +4,18 @@ import json
 import shlex
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 import tdlrt_jax
 from experiments import metrics
+from experiments.config import TrainConfig
+from experiments.run_directory import RunDirectory, environment
+from experiments.sealed import read_sealed
 from tdlrt_jax import checkpoint
 from tests.experiments.jobs import DENSE, TINY, TUCKER, fingerprint, interrupt_after, lines, numbers, run, saved_arrays
 
@@ -172,6 +177,50 @@ def test_other_options_are_listed(finished_dense, capsys):
     assert "--tau: 0.2 there, 0.25 given" in message and "--seed: 0 there, 5 given" in message
     assert "--epochs" not in message.split("It was started with")[0]
     assert fingerprint(finished_dense) == before
+
+
+def test_a_run_of_more_epochs_goes_through_those_of_the_shorter_one(tmp_path, no_plots, capsys):
+    """Where only their number differs, and nothing depends on it, a run goes on, finished or not, to the same end."""
+    options = [*TUCKER, "--schedule", "plateau"]
+    assert run(*options, "--run-dir", tmp_path / "long") == 0
+    extended = tmp_path / "extended"
+    shorter = [word if word != "2" else "1" for word in options]
+    assert run(*shorter, "--run-dir", extended) == 0
+    first = (extended / "result.json").read_bytes()
+    assert run(*options, "--run-dir", extended, "--resume") == 0
+
+    assert [numbers(line) for line in lines(extended)] == [numbers(line) for line in lines(tmp_path / "long")]
+    chex.assert_trees_all_equal(saved_arrays(extended, 12), saved_arrays(tmp_path / "long", 12))
+    assert (extended / "result-1-epochs.json").read_bytes() == first
+    result = read_sealed(extended / "result.json")
+    assert result["options"]["epochs"] == 2 and [entry["epochs"] for entry in result["extended"]] == [1]
+    assert "--epochs 2" in result["command"] and "--resume" not in result["command"]
+    capsys.readouterr()
+    assert run(*options, "--run-dir", extended, "--resume") == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "--schedule cosine lowers the learning rate over all of them"),
+        (["--schedule", "constant", "--method", "tdlrt", "--budget", "0.5"], "a budget is reached after half of them"),
+        (["--schedule", "constant", "--method", "imp", "--compression", "0.5"], "in every round"),
+    ],
+)
+def test_more_epochs_that_would_change_those_before_are_refused(options, reason, tmp_path, capsys):
+    given = [*TINY, *options, "--run-dir", str(tmp_path / "run")]
+    config = tyro.cli(TrainConfig, args=given, config=(tyro.conf.OmitArgPrefixes,))
+    RunDirectory(tmp_path / "run").begin(config.to_json(), environment([]))
+    before = fingerprint(tmp_path)
+    more = [word if word != "2" else "3" for word in TINY]
+    assert run(*more, *options, "--run-dir", tmp_path / "run", "--resume") == 2
+    message = capsys.readouterr().err
+    assert "holds a run of 2 epochs, which cannot be made one of 3" in message and reason in message
+    fewer = [word if word != "2" else "1" for word in TINY]
+    assert run(*fewer, *options, "--run-dir", tmp_path / "run", "--resume") == 2
+    assert "--epochs: 2 there, 1 given" in capsys.readouterr().err
+    assert fingerprint(tmp_path) == before
 
 
 def test_directories_that_hold_no_run(tmp_path, capsys):
