@@ -42,8 +42,8 @@ __all__ = ["COMPILATION_STEPS", "array_bytes", "canonicalize", "fit_capacity", "
 
 Capacity = int | Sequence[int]
 
-# What compiling a step anew costs, in steps: of "parallel", 130 (VGG16) to 370 (AlexNet) on two CPU cores, see
-# benchmarks/results/cpu_xeon.
+# What compiling a step anew costs, in steps: of "parallel", 110 (ResNet18) to 360 (AlexNet) on two CPU cores, see
+# benchmarks/results/cpu.
 COMPILATION_STEPS = 300
 # Room for ranks to rise that may still do so.
 HEADROOM = 1.5

@@ -20,7 +20,7 @@ __all__ = ["convolve_by_patches", "has_fast_patches", "patches", "product_of_pat
 # left alone, which needs no such copy.
 _AT_ONCE, _TOO_MANY = 4 * 2**20, 64 * 2**20
 # So many multiply-adds are worth it, in windows of at most so many positions for each channel: copying pixels of few channels
-# takes longer than what is won (two cores, jaxlib 0.10, benchmarks/results/cpu_epyc_gradients).
+# takes longer than what is won (two cores, jaxlib 0.10, benchmarks/results/cpu).
 _MUCH_WORK, _POSITIONS_A_CHANNEL = 50_000_000, 4
 
 
@@ -68,7 +68,7 @@ def convolve_by_patches(
 
     That is a sum of products over parts of the batch, whose patches fit the caches: on two cores as fast as the transpose of
     XLA's convolution, whose work is not spread well over them, or several times as fast, and where images are large in a
-    fraction of its memory (``benchmarks/results/cpu_epyc_gradients``). Over several devices, on which images lie apart, it is
+    fraction of its memory (``benchmarks/results/cpu``). Over several devices, on which images lie apart, it is
     taken at once.
     """
     *window, channels, n_out = kernel.shape
