@@ -103,7 +103,7 @@ class RunDirectory:
         """Makes the run one of more epochs, if the options ask for more than it has; its result stays, named by its epochs.
 
         Raises:
-          RunDirectoryError: if it cannot be written; the run is as it was, or asks for a last checkpoint's result anew.
+          RunDirectoryError: if it cannot be written; nothing is lost, and the same command goes on from there.
         """
         stored = self.config() or {}
         epochs = stored["options"].get("epochs", options["epochs"])
