@@ -20,8 +20,8 @@ def in_turn(
         several steps) returns its seconds; otherwise the call is timed.
       rounds: how often each is timed, 1 or more.
       warmup: rounds before those that are counted.
-      ahead: runs before each that is timed, not counted. A virtual machine takes back memory that lies idle for a second or
-        two, and what runs first after long programs of others would pay for getting it again.
+      ahead: runs before each that is timed, not counted. After a pause of some seconds, others' long programs for instance, a
+        first run may take longer: a virtual machine's host takes idle memory back, it seems.
 
     Raises:
       ValueError: for fewer than one round.
