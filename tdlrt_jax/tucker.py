@@ -30,6 +30,7 @@ __all__ = [
     "mode_product",
     "multi_mode_product",
     "parameter_count",
+    "rank_of",
     "to_dense",
     "unfold",
 ]

@@ -41,14 +41,14 @@ REASONS = {
             f"inspection.{n}"
             for n in ("adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite")
         ),
-        *("tucker.magnitude", "rotation.khatri_rao", "ranks.divisors", "ranks.last_above"),
+        *("tucker.magnitude", "tucker.rank_of"),
+        *("rotation.khatri_rao", "ranks.divisors", "ranks.last_above"),
         *("ranks.choose_rank", "ranks.tails", "ranks.thresholds"),
         *(
             "rotation.principal_rotation",
             "rotation.randomized_rotation",
             "rotation.sketch_size",
-            "batching.map_batched",
-            "batching.few_and_large",
+            *(f"batching.{n}" for n in ("Batches", "few_and_large", "map_batched", "map_light")),
             *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
         *("transport.Moment", "transport.core_moment", "transport.embed_moment", "transport.find_moments"),
