@@ -32,8 +32,8 @@ def conv_batch_norm(
     It is possible for a :class:`TuckerConv` followed by a ``flax.nnx.BatchNorm`` that uses the batch's own statistics: then mean
     and variance come from the features before the kernel's last factor, and of the arrays of all out-channels only the
     normalized one is formed (:func:`tdlrt_jax.conv.tucker_conv_batch_norm`). On a CPU a factorized step of VGG16 or
-    ResNet18 at 95% compression takes half the time for it (benchmarks/results/cpu). Outputs, gradients and running averages are those of
-    ``norm(conv(x))`` to rounding.
+    ResNet18 at 95% compression takes half the time for it (benchmarks/results/cpu). Outputs, gradients and running averages are
+    those of ``norm(conv(x))`` to rounding.
 
     Any other layers, subclasses of these two, a ``mask``, statistics that are averaged over an axis name, or running averages in
     use, are ``norm(conv(x))`` as it stands; so a model may call this throughout.
