@@ -114,7 +114,9 @@ def build(network: Network, method: str, *, seed: int = 0) -> nnx.Module:
             layers["norm"] = OrdinaryNorm
     elif method != "dense_xla":
         raise ValueError(f'method={method!r} is unknown: expected "dense", "dense_xla", "tucker" or "tucker_ordinary"')
-    model = nnx.jit(lambda: MODELS[network.model](num_classes=CLASSES, rngs=nnx.Rngs(seed), **layers))()
+    create = functools.partial(MODELS[network.model], num_classes=CLASSES, **layers)
+    options = tdlrt_jax.compiler_options(runs_once=True)
+    model = jax.jit(lambda: create(rngs=nnx.Rngs(seed)), compiler_options=options)()
     model.train()
     return model
 

@@ -54,7 +54,7 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     if config.parts.layer == "cp" and config.initialization == "hosvd":
         return build()  # its alternating least squares are NumPy's
     # Jitted as a whole: drawing the kernels operation by operation would compile each of them.
-    return nnx.jit(build)()
+    return jax.jit(build, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
 
 
 def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:

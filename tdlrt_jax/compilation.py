@@ -19,13 +19,17 @@ _ON_CPU: dict[str, bool | int] = {
 }
 
 
-def compiler_options() -> dict[str, bool | int]:
+def compiler_options(*, runs_once: bool = False) -> dict[str, bool | int]:
     """Options with which steps compile in about half the time on a CPU, in a fraction of the memory; none for other devices.
 
     For ``jax.jit(..., compiler_options=...)``, for ``jitted.lower(...).compile(...)`` and for :func:`tdlrt_jax.tdlrt_step`. Steps
     take as long as without them (``python -m benchmarks.run --sections compiler`` measures both), and differ from those by
     rounding. They are options of XLA, not of JAX: those that the installed jaxlib does not know are left out, as are those that
     ``XLA_FLAGS`` sets.
+
+    Args:
+      runs_once: for a program that is run once and is over in a moment, such as one that draws a network's first weights: it is
+        optimized no further than it must be, which makes it slower and compiles it fastest.
 
     Returns:
       Names and values; empty where there is nothing to say, and on anything but a CPU.
@@ -35,11 +39,15 @@ def compiler_options() -> dict[str, bool | int]:
       >>> double = jax.jit(lambda x: 2 * x, compiler_options=tdlrt_jax.compiler_options())
       >>> double(jnp.ones(2)).tolist()
       [2.0, 2.0]
+      >>> from flax import nnx
+      >>> create = lambda: tdlrt_jax.models.LeNet5(num_classes=10, rngs=nnx.Rngs(0))
+      >>> model = jax.jit(create, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
     """
     if jax.default_backend() != "cpu":
         return {}
     given = set(re.findall(r"xla_\w+", os.environ.get("XLA_FLAGS", "")))
-    return {name: value for name, value in _ON_CPU.items() if name not in given and _is_known(name, value)}
+    options = {**_ON_CPU, "xla_backend_optimization_level": 0} if runs_once else _ON_CPU
+    return {name: value for name, value in options.items() if name not in given and _is_known(name, value)}
 
 
 @functools.cache

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import tdlrt_jax
 from tdlrt_jax import compilation
+from tdlrt_jax.models import LeNet5
+from tdlrt_jax.nn import TuckerConv
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options for the CPU")
 
@@ -34,9 +37,29 @@ def test_what_the_user_sets_stays(monkeypatch):
     assert "xla_backend_optimization_level" not in tdlrt_jax.compiler_options()
 
 
+@on_cpu
+def test_a_program_that_runs_once_is_optimized_least(no_flags):
+    usual, once = tdlrt_jax.compiler_options(), tdlrt_jax.compiler_options(runs_once=True)
+    assert once == {**usual, "xla_backend_optimization_level": 0}
+
+
 def test_other_devices_have_none(no_flags, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tdlrt_jax.compiler_options() == {}
+    assert tdlrt_jax.compiler_options() == {} == tdlrt_jax.compiler_options(runs_once=True)
+
+
+@on_cpu
+def test_a_network_is_the_same_built_at_once(no_flags):
+    def create():
+        return LeNet5(num_classes=10, rngs=nnx.Rngs(0), conv=functools.partial(TuckerConv, rank=0.5))
+
+    at_once = jax.jit(create, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
+    usual = create()
+    at_once.train(), usual.train()
+    assert nnx.graphdef(at_once) == nnx.graphdef(usual)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), nnx.state(at_once), nnx.state(usual)
+    )
 
 
 def step_with(compiler_options):
