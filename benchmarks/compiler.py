@@ -1,4 +1,5 @@
-"""What :func:`tdlrt_jax.compiler_options` change: how long compiling takes, how much of the host's memory, and what steps cost.
+"""What :func:`tdlrt_jax.compiler_options` change: how long compiling takes, how much of the host's memory, and what steps cost;
+and how long it takes to build the network that is trained.
 
 Every program is compiled in a process of its own, for its memory; another process takes the steps of both in turn, with the
 programs out of JAX's cache.
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,13 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
+    building: dict[str, dict[str, float]] = {}
+    for kind in ("dense", "tucker"):
+        building[kind] = {}
+        for name in (WITHOUT, WITH):
+            say(f"building the {kind} network {name} the options")
+            with tempfile.TemporaryDirectory() as directory:
+                building[kind][name] = child(Path(directory), "build", network, kind, name)
     found: dict[str, dict[str, Any]] = {}
     for method in (method for method in METHODS if method in options.methods):
         with tempfile.TemporaryDirectory() as directory:
@@ -68,8 +77,23 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
         "network": network._asdict(),
         "options": tdlrt_jax.compiler_options(),
         "rounds": options.rounds,
+        "building": building,
         "methods": found,
     }
+
+
+def _build(network: Network, kind: str, name: str) -> float:
+    """Seconds from nothing to a network's first weights: tracing and compiling what draws them, and drawing them."""
+    import jax
+
+    import tdlrt_jax
+    from benchmarks.networks import creating
+
+    options = tdlrt_jax.compiler_options(runs_once=True) if name == WITH else {}
+    create = creating(network, kind)
+    started = time.perf_counter()
+    jax.block_until_ready(jax.tree.leaves(jax.jit(create, compiler_options=options)()))
+    return time.perf_counter() - started
 
 
 def _compile(network: Network, method: str, name: str) -> dict[str, float]:
@@ -99,5 +123,5 @@ def _options(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, given_network, *rest = json.loads(sys.argv[1])
-    measures: dict[str, Callable[..., Any]] = {"compile": _compile, "steps": _steps}
+    measures: dict[str, Callable[..., Any]] = {"build": _build, "compile": _compile, "steps": _steps}
     print(json.dumps(measures[what](Network(*given_network), *rest)))

@@ -25,6 +25,7 @@ __all__ = [
     "Network",
     "build",
     "compression_of",
+    "creating",
     "fraction_for",
     "images",
     "kernels",
@@ -96,14 +97,11 @@ class OrdinaryNorm(nnx.BatchNorm):
     """Normalizes what the layer before gives; :func:`tdlrt_jax.nn.conv_batch_norm` leaves subclasses to themselves."""
 
 
-@functools.lru_cache(maxsize=4)
-def build(network: Network, method: str, *, seed: int = 0) -> nnx.Module:
-    """A fresh network in training mode: ``method`` is ``"dense"``, ``"dense_xla"``, ``"tucker"`` or ``"tucker_ordinary"``.
+def creating(network: Network, method: str, *, seed: int = 0) -> Callable[[], nnx.Module]:
+    """What creates a network: ``method`` is ``"dense"``, ``"dense_xla"``, ``"tucker"`` or ``"tucker_ordinary"``.
 
     ``"dense"`` has the remedy for XLA's slow convolutions of small images that Tucker layers have, ``"dense_xla"`` is flax as
-    it comes; ``"tucker_ordinary"`` normalizes after its layers and not at their ranks. Jitted as a whole: drawing the kernels
-    operation by operation would compile each of them. The last few are kept
-    (nothing here changes them in place).
+    it comes; ``"tucker_ordinary"`` normalizes after its layers and not at their ranks.
     """
     layers: dict[str, Any] = {"width": network.width}
     if method == "dense":
@@ -114,9 +112,18 @@ def build(network: Network, method: str, *, seed: int = 0) -> nnx.Module:
             layers["norm"] = OrdinaryNorm
     elif method != "dense_xla":
         raise ValueError(f'method={method!r} is unknown: expected "dense", "dense_xla", "tucker" or "tucker_ordinary"')
-    create = functools.partial(MODELS[network.model], num_classes=CLASSES, **layers)
-    options = tdlrt_jax.compiler_options(runs_once=True)
-    model = jax.jit(lambda: create(rngs=nnx.Rngs(seed)), compiler_options=options)()
+    return lambda: MODELS[network.model](num_classes=CLASSES, rngs=nnx.Rngs(seed), **layers)
+
+
+@functools.lru_cache(maxsize=4)
+def build(network: Network, method: str, *, seed: int = 0) -> nnx.Module:
+    """A fresh network of :func:`creating` in training mode.
+
+    Jitted as a whole: drawing the kernels operation by operation would compile each of them. The last few are kept
+    (nothing here changes them in place).
+    """
+    create = creating(network, method, seed=seed)
+    model = jax.jit(create, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
     model.train()
     return model
 

@@ -272,7 +272,12 @@ def _compiler(result: dict[str, Any]) -> str:
         )
     options = ", ".join(f"`{name}={value}`" for name, value in result["options"].items())
     header = ["method", "compiling [s]", "with", "host [MiB]", "with", "step [s]", "with", "ratio"]
-    return f"Without and with {options or 'any options'}.\n\n{table(header, rows)}"
+    built = [
+        [kind, *[f"{seconds[name]:.1f}" for name in ("without", "with")]]
+        for kind, seconds in result["building"].items()
+    ]
+    building = table(["network", "building it [s]", "with those for what runs once"], built)
+    return f"Without and with {options or 'any options'}.\n\n{table(header, rows)}\n\n{building}"
 
 
 def _ahead(result: dict[str, Any]) -> str:

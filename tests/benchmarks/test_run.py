@@ -127,7 +127,10 @@ def test_compiling_with_options_and_without_from_the_command_to_the_table(tmp_pa
         assert entry[name]["seconds"] > 0 and entry[name]["host_bytes"] >= 0  # the peak need not grow
         assert entry[name]["step_seconds"]["median"] > 0
     assert entry["step_ratio"]["of_medians"] > 0
-    assert "| dense |" in report.markdown(tmp_path)
+    built = cell["result"]["building"]
+    assert all(built[kind][name] > 0 for kind in ("dense", "tucker") for name in ("without", "with"))
+    text = report.markdown(tmp_path)
+    assert "| dense |" in text and "| network | building it [s] |" in text
 
 
 def test_any_choice_of_methods_has_a_table(tmp_path):
