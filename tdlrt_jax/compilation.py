@@ -20,12 +20,12 @@ _ON_CPU: dict[str, bool | int] = {
 
 
 def compiler_options(*, runs_once: bool = False) -> dict[str, bool | int]:
-    """Options with which steps compile in about half the time on a CPU, in a fraction of the memory; none for other devices.
+    """Options with which steps compile faster on a CPU, in a fraction of the memory; none for other devices.
 
-    For ``jax.jit(..., compiler_options=...)``, for ``jitted.lower(...).compile(...)`` and for :func:`tdlrt_jax.tdlrt_step`. Steps
-    take as long as without them (``python -m benchmarks.run --sections compiler`` measures both), and differ from those by
-    rounding. They are options of XLA, not of JAX: those that the installed jaxlib does not know are left out, as are those that
-    ``XLA_FLAGS`` sets.
+    For ``jax.jit(..., compiler_options=...)``, for ``jitted.lower(...).compile(...)`` and for :func:`tdlrt_jax.tdlrt_step`.
+    Compiling takes about half the time for AlexNet and half to nine tenths for VGG16; their steps take up to 4% longer (medians
+    in ``benchmarks/results/cpu``, by ``python -m benchmarks.run --sections compiler``) and differ by rounding. They are options
+    of XLA, not of JAX: those that the installed jaxlib does not know are left out, as are those that ``XLA_FLAGS`` sets.
 
     Args:
       runs_once: for a program that is run once and is over in a moment, such as one that draws a network's first weights: it is
@@ -40,7 +40,8 @@ def compiler_options(*, runs_once: bool = False) -> dict[str, bool | int]:
       >>> double(jnp.ones(2)).tolist()
       [2.0, 2.0]
       >>> from flax import nnx
-      >>> create = lambda: tdlrt_jax.models.LeNet5(num_classes=10, rngs=nnx.Rngs(0))
+      >>> from tdlrt_jax.models import LeNet5
+      >>> create = lambda: LeNet5(num_classes=10, rngs=nnx.Rngs(0))
       >>> model = jax.jit(create, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
     """
     if jax.default_backend() != "cpu":

@@ -55,7 +55,8 @@ def test_a_network_is_the_same_built_at_once(no_flags):
 
     at_once = jax.jit(create, compiler_options=tdlrt_jax.compiler_options(runs_once=True))()
     usual = create()
-    at_once.train(), usual.train()
+    for model in (at_once, usual):
+        model.train()
     assert nnx.graphdef(at_once) == nnx.graphdef(usual)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), nnx.state(at_once), nnx.state(usual)
