@@ -85,7 +85,7 @@ def _compiled(network: Network, method: str) -> dict[str, Any]:
     """What a method's step launches and plans."""
     from benchmarks.counts import launches
     from benchmarks.methods import TrainingStep
-    from experiments.programs import memory_of
+    from experiments.run.programs import memory_of
 
     step = TrainingStep(network, method, compile=_for_the_gpu)
     return {

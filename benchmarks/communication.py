@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cells import Results, ResultsError
-from experiments.process import SETTINGS, start_over
+from experiments.run.process import SETTINGS, start_over
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from benchmarks.networks import MODELS, Network
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     if given.devices > jax.device_count() or given.batch % given.devices:
         print(

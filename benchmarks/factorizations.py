@@ -27,7 +27,7 @@ from unittest import mock
 from benchmarks.cells import Results, ResultsError
 from benchmarks.communication import DEVICES, collectives
 from benchmarks.counts import computations
-from experiments.process import SETTINGS, start_over
+from experiments.run.process import SETTINGS, start_over
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from benchmarks.networks import MODELS, Network
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     if given.devices > jax.device_count():
         print(

@@ -16,8 +16,8 @@ from jax import Array
 import tdlrt_jax
 from benchmarks.networks import Network, build, images, loss_of
 from benchmarks.paper_step import paper_step
-from experiments import programs
-from experiments.devices import on_the_host, onto_the_device
+from experiments.run import programs
+from experiments.run.devices import on_the_host, onto_the_device
 
 __all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "step_of", "tree_bytes"]
 

@@ -1,4 +1,4 @@
-"""What pages of memory cost: steps with the settings of :mod:`experiments.process` and without, in processes in turn."""
+"""What pages of memory cost: steps with the settings of :mod:`experiments.run.process` and without, in processes in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.cells import Cell, Options
 from benchmarks.networks import Network
 from benchmarks.steps import networks
 from benchmarks.timing import in_turn, spread
-from experiments.process import SETTINGS
+from experiments.run.process import SETTINGS
 
 __all__ = ["cells"]
 

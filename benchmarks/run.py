@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Options, Results, ResultsError
-from experiments.process import start_over
+from experiments.run.process import start_over
 
 __all__ = ["SCALES", "SECTIONS", "main"]
 
@@ -164,7 +164,7 @@ def _measure(options: Options, sections: Sequence[str], output: Path, *, again: 
                 todo.append((section, cell))
     if only_list:
         return []
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     failed = []
     started = time.monotonic()

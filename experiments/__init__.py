@@ -1,1 +1,9 @@
-"""Training jobs and published rows: ``python -m experiments.train`` is the main one."""
+"""The paper's experiments, each a command of its own (``python -m experiments.NAME --help``).
+
+- ``train``: the main job, one network by one method (:mod:`~experiments.methods`, :mod:`~experiments.config`);
+- ``table1``, ``figure1``, ``figure2_footprint``, ``figure2_robustness``: grids of such runs, as ``configs`` plan them;
+- ``show``, ``publish``, ``results_table``, ``step_cost``, ``cut_costs``: to look at runs, to keep their results, and to measure
+  what was trained.
+
+A single run is :mod:`experiments.run`, many are :mod:`experiments.grids`, and the theorems :mod:`experiments.dynamics`.
+"""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.process import start_over
+from experiments.run.process import start_over
 
 __all__ = ["main", "markdown", "measure"]
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.output:
-        from experiments.figures import plot_cut_costs
-        from experiments.plots import save_figure
+        from experiments.grids.figures import plot_cut_costs
+        from experiments.run.plots import save_figure
 
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -82,7 +82,7 @@ def measure(
     import numpy as np
     from scipy.stats import spearmanr
 
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
     from tdlrt_jax import active_rank, kernel_paths, sensitivity, value_and_grad
     from tdlrt_jax.report import layer_name
     from tdlrt_jax.tucker import fold, unfold
@@ -187,8 +187,8 @@ def _directions(kernel: Any) -> dict[int, tuple[Any, Any]]:
 
 
 def _mode_name(mode: int, order: int) -> str:
-    from experiments.metrics import paper_order
-    from experiments.plots import mode_names
+    from experiments.run.metrics import paper_order
+    from experiments.run.plots import mode_names
 
     return mode_names(order)[paper_order(tuple(range(order))).index(mode)]
 
@@ -199,11 +199,11 @@ class _Network:
     def __init__(self, directory: Path, data_dir: Path | None):
         from flax import nnx
 
-        from experiments.batches import to_device, transform_of
-        from experiments.build import build_model
         from experiments.config import LOCATIONS
-        from experiments.finished import bring_back
-        from experiments.metrics import cross_entropy
+        from experiments.run.batches import to_device, transform_of
+        from experiments.run.build import build_model
+        from experiments.run.finished import bring_back
+        from experiments.run.metrics import cross_entropy
         from tdlrt_jax.paths import flatten_kernels
 
         config, result, loaded, work = bring_back(directory, data_dir)
@@ -235,7 +235,7 @@ class _Network:
         """A batch, augmented as in training, of an epoch after the last one; batches beyond its end begin anew."""
         import jax.numpy as jnp
 
-        from experiments.batches import epoch_order, training_batch
+        from experiments.run.batches import epoch_order, training_batch
 
         number = self._epochs + epoch
         order = epoch_order(self._seed, number, len(self._data.labels), self.batch_size)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.figures import Point, plot_rank_paths, plot_tolerance, plot_tradeoff
-from experiments.grid import Grid, Run, main
-from experiments.plots import save_figure
-from experiments.process import start_over
-from experiments.protocol import CONFIGS, NETWORKS, fitting, read_protocol, read_rows, read_toml
-from experiments.tables import Sources, final, options_of, read_results, shrunk, table
+from experiments.grids.figures import Point, plot_rank_paths, plot_tolerance, plot_tradeoff
+from experiments.grids.grid import Grid, Run, main
+from experiments.grids.protocol import CONFIGS, NETWORKS, fitting, read_protocol, read_rows, read_toml
+from experiments.grids.tables import Sources, final, options_of, read_results, shrunk, table
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 
 __all__ = ["GRID", "plan", "render", "sweeps"]
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cells import Cell, Options, Results
-from experiments.figures import plot_footprint
-from experiments.grid import SCALES
-from experiments.interruption import Interruption
-from experiments.pace import duration
-from experiments.plots import save_figure
-from experiments.process import start_over
-from experiments.protocol import CONFIGS, NETWORKS, read_toml
-from experiments.tables import Sources, table
+from experiments.grids.figures import plot_footprint
+from experiments.grids.grid import SCALES
+from experiments.grids.pace import duration
+from experiments.grids.protocol import CONFIGS, NETWORKS, read_toml
+from experiments.grids.tables import Sources, table
+from experiments.run.interruption import Interruption
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 
 __all__ = ["Crossing", "batches_of", "cells", "crossing", "main", "measure", "render"]
 
@@ -234,7 +234,7 @@ def _sentences(network: str, form: str, results: Sequence[Mapping[str, Any]], im
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and draws what a command line asks for; exit codes as :func:`experiments.grid.main`."""
+    """Measures and draws what a command line asks for; exit codes as :func:`experiments.grids.grid.main`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{_NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,7 +274,7 @@ def _say(text: str) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     stored = environment([])
     return {key: stored[key] for key in ("hardware", "settings", "versions", "commit", "started")}

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.figures import Curves, plot_robustness
-from experiments.grid import Grid, Run, main
-from experiments.plots import save_figure
-from experiments.process import start_over
-from experiments.protocol import CONFIGS, read_protocol, read_toml
-from experiments.tables import Sources, Statistic, final, options_of, read_results, shrunk, table
+from experiments.grids.figures import Curves, plot_robustness
+from experiments.grids.grid import Grid, Run, main
+from experiments.grids.protocol import CONFIGS, read_protocol, read_toml
+from experiments.grids.tables import Sources, Statistic, final, options_of, read_results, shrunk, table
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 
 __all__ = ["GRID", "THRESHOLDS", "curves", "plan", "render", "steps_to"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import LOCATIONS
-from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.run.directory import RunDirectory, RunDirectoryError
 from experiments.sealed import write_sealed
 
 __all__ = ["main", "without_locations"]

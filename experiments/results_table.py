@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.grids.tables import costs
 from experiments.methods import METHODS
 from experiments.schema import check_result
 from experiments.sealed import read_sealed
-from experiments.tables import costs
 
 __all__ = ["asked", "is_adaptive", "markdown", "method_name", "rows"]
 

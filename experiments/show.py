@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import plots
-from experiments.display import history_table, layer_table, rank_table
-from experiments.metrics import Layer, totals
 from experiments.results_table import asked, is_adaptive, method_name
-from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.run import plots
+from experiments.run.directory import RunDirectory, RunDirectoryError
+from experiments.run.display import history_table, layer_table, rank_table
+from experiments.run.metrics import Layer, totals
 from experiments.schema import check_layer, check_links, check_records, check_result
 from experiments.sealed import read_sealed
 

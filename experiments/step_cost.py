@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.process import start_over
+from experiments.run.process import start_over
 
 __all__ = ["main", "measure"]
 
@@ -58,7 +58,7 @@ def measure(directories: Sequence[Path], *, rounds: int = 30, data_dir: Path | N
     """
     import jax
 
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be 1 or more")
@@ -97,8 +97,8 @@ class _Step:
     def __init__(self, directory: Path, data_dir: Path | None):
         import jax.numpy as jnp
 
-        from experiments.batches import epoch_order
-        from experiments.finished import bring_back
+        from experiments.run.batches import epoch_order
+        from experiments.run.finished import bring_back
 
         config, stored, loaded, work = bring_back(directory, data_dir)
         self.programs, self.train = work.programs, work.train

@@ -13,10 +13,20 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid, Run, main
-from experiments.process import start_over
-from experiments.protocol import CONFIGS, NETWORKS, Row, fitting, read_protocol, read_rows
-from experiments.tables import Sources, Statistic, costs, final, latex_table, options_of, read_results, shrunk, table
+from experiments.grids.grid import Grid, Run, main
+from experiments.grids.protocol import CONFIGS, NETWORKS, Row, fitting, read_protocol, read_rows
+from experiments.grids.tables import (
+    Sources,
+    Statistic,
+    costs,
+    final,
+    latex_table,
+    options_of,
+    read_results,
+    shrunk,
+    table,
+)
+from experiments.run.process import start_over
 
 __all__ = ["GRID", "markdown", "plan", "render"]
 

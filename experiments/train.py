@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.config import TrainConfig
-from experiments.process import start_over
+from experiments.run.process import start_over
 
 __all__ = ["main"]
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         # Imported only now, so that --help and mistyped options answer at once.
-        from experiments import job
+        from experiments.run import job
 
         return job.run(config, argv=argv).exit_code
     except (ValueError, OSError) as error:

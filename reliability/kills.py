@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from experiments import train
+
 # All that a run imports, so that a fork of this process starts at once; nothing here may compute with JAX.
-from experiments import arrays, plots, programs, train, training
-from experiments.process import start_over
+from experiments.run import arrays, plots, programs, training
+from experiments.run.process import start_over
 from experiments.sealed import read_sealed, write_sealed
 from reliability.report import CLOCK, machine
 from tdlrt_jax import checkpoint

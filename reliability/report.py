@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from experiments.run_directory import environment
+from experiments.run.directory import environment
 
 __all__ = ["CLOCK", "machine"]
 

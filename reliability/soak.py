@@ -28,14 +28,14 @@ from jax import Array
 from rich.console import Console
 
 import tdlrt_jax
-from experiments import data
-from experiments.arrays import fit_arrays
-from experiments.batches import epoch_order, to_device, transform_of
-from experiments.build import build_model
 from experiments.config import ModelConfig
-from experiments.memory import give_back, heap_in_use, resident_bytes
-from experiments.process import start_over
-from experiments.programs import Programs, TrainState, build_programs
+from experiments.run import data
+from experiments.run.arrays import fit_arrays
+from experiments.run.batches import epoch_order, to_device, transform_of
+from experiments.run.build import build_model
+from experiments.run.memory import give_back, heap_in_use, resident_bytes
+from experiments.run.process import start_over
+from experiments.run.programs import Programs, TrainState, build_programs
 from experiments.sealed import write_sealed
 from reliability.report import machine
 from tdlrt_jax import checkpoint

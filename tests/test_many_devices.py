@@ -24,10 +24,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tdlrt_jax
 from benchmarks.communication import collectives
-from experiments import batches, plots, train
+from experiments import train
 from experiments.config import DeviceConfig, TrainConfig, from_json
-from experiments.devices import join_processes, take_devices
-from experiments.display import Display
+from experiments.run import batches, plots
+from experiments.run.devices import join_processes, take_devices
+from experiments.run.display import Display
 from tdlrt_jax import checkpoint, models
 from tdlrt_jax.nn import TuckerConv
 from tdlrt_jax.paths import kernel_paths

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 from experiments.dynamics.problems import graded_kernel, smooth, smooth_loss
 from experiments.dynamics.results import command, read, slope
-from experiments.plots import save_figure
-from experiments.process import start_over
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 from tdlrt_jax import TuckerTensor, resize
 from tdlrt_jax.dynamics import factor_flow, flow_step, integrate
 

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from experiments.dynamics.problems import Smooth, graded_kernel, smooth, smooth_loss
 from experiments.dynamics.results import command, read, slope
-from experiments.plots import save_figure
-from experiments.process import start_over
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 from tdlrt_jax import TuckerTensor, hosvd, tdlrt, to_dense, value_and_grad
 from tdlrt_jax.dynamics import (
     Flow,

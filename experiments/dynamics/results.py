@@ -29,7 +29,7 @@ def provenance(module: str, argv: Sequence[str]) -> dict[str, Any]:
     """Command, commit, versions and hardware of a result; what says where things were on one machine is left out."""
     import importlib.metadata
 
-    from experiments.run_directory import environment
+    from experiments.run.directory import environment
 
     found = environment([])
     versions = {name: found["versions"][name] for name in ("python", "tdlrt_jax", "jax", "jaxlib", "numpy")}

@@ -13,8 +13,8 @@ from typing import Any
 from experiments.dynamics import theorem1, theorem2, theorem3
 from experiments.dynamics.figures import plot_theorem1, plot_theorem2, plot_theorem3
 from experiments.dynamics.results import command, read
-from experiments.plots import save_figure
-from experiments.process import start_over
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 
 __all__ = ["draw", "main", "measure"]
 

@@ -23,8 +23,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 from experiments.dynamics.results import command, read
-from experiments.plots import save_figure
-from experiments.process import start_over
+from experiments.run.plots import save_figure
+from experiments.run.process import start_over
 from tdlrt_jax import TuckerTensor, hosvd, to_dense, tucker_conv
 from tdlrt_jax.dynamics import flow_step, full_flow, integrate
 

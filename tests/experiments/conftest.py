@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import plots
+from experiments.run import plots
 from tests.experiments.jobs import DENSE, run
 
 ROOT = Path(__file__).resolve().parents[2]

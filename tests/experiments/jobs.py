@@ -8,7 +8,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from experiments import train
-from experiments.display import Display
+from experiments.run.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "2"]

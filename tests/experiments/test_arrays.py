@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from experiments.arrays import fit_arrays
-from experiments.programs import TrainState
+from experiments.run.arrays import fit_arrays
+from experiments.run.programs import TrainState
 from tdlrt_jax.capacity import capacity
 from tests.helpers import random_kernel
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import batches
-from experiments.build import build_optimizer
 from experiments.config import OptimizerConfig, TdlrtConfig
-from experiments.data import Images
-from experiments.programs import build_programs
+from experiments.run import batches
+from experiments.run.build import build_optimizer
+from experiments.run.data import Images
+from experiments.run.programs import build_programs
 
 PLAIN = batches.Transform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 AUGMENTED = PLAIN._replace(pad=4, flip=True)

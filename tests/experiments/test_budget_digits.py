@@ -12,9 +12,10 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import tdlrt_jax
-from experiments import plots, train
-from experiments.build import falling_steps
+from experiments import train
 from experiments.config import TdlrtConfig
+from experiments.run import plots
+from experiments.run.build import falling_steps
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.nn import TuckerConv
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import compilation_cache
-from experiments.compilation_cache import trim, use_compilation_cache
+from experiments.run import compilation_cache
+from experiments.run.compilation_cache import trim, use_compilation_cache
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from experiments import plots, train
+from experiments import train
 from experiments.config import TdlrtConfig
-from experiments.training import Training
+from experiments.run import plots
+from experiments.run.training import Training
 from tdlrt_jax import checkpoint
 
 OPTIONS = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2", "--learning-rate", "0.02"]

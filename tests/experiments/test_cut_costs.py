@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import cut_costs
-from experiments.figures import plot_cut_costs
+from experiments.grids.figures import plot_cut_costs
 from tests.experiments.jobs import DENSE, run
 from tests.experiments.test_figures import is_drawn
 from tests.helpers import dense64
@@ -32,7 +32,7 @@ TUCKER = [
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cuts") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.plots.save_figure", lambda figure, directory, name: [])
+        patch.setattr("experiments.run.plots.save_figure", lambda figure, directory, name: [])
         assert run(*TUCKER, "--run-dir", directory) == 0
     return directory
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import plots, train
+from experiments import train
+from experiments.run import plots
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed
 from tdlrt_jax import checkpoint
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.run import data
 
 
 @pytest.fixture(scope="module")

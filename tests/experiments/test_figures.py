@@ -9,8 +9,8 @@ import pytest
 from experiments import figure1, figure2_robustness
 from experiments.config import TrainConfig
 from experiments.figure2_robustness import curves, steps_to
-from experiments.figures import Curves, Point, plot_rank_paths, plot_robustness, plot_tolerance, plot_tradeoff
-from experiments.tables import Statistic
+from experiments.grids.figures import Curves, Point, plot_rank_paths, plot_robustness, plot_tolerance, plot_tradeoff
+from experiments.grids.tables import Statistic
 
 
 def put(directory, run, accuracy, compression, *, epochs=None, layers=()):

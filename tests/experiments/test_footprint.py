@@ -111,7 +111,7 @@ def test_figure_and_table_from_json(tmp_path, capsys):
 
 
 def test_what_is_drawn(tmp_path):
-    from experiments.figures import plot_footprint
+    from experiments.grids.figures import plot_footprint
 
     points = {"plain": [(90.0, 600.0, 30.0), (30.0, 1500.0, 50.0)], "exported": [(90.0, 610.0, None)]}
     seconds, peak = plot_footprint({"VGG16": points}, {"VGG16": (1000.0, 40.0)}).axes

@@ -13,9 +13,9 @@ import pytest
 
 from experiments import figure1, figure2_robustness, table1
 from experiments.config import TrainConfig
-from experiments.grid import Grid, GridError, Places, Run, main, state_of
-from experiments.pace import Pace
-from experiments.protocol import CONFIGS, NETWORKS, read_protocol, read_rows
+from experiments.grids.grid import Grid, GridError, Places, Run, main, state_of
+from experiments.grids.pace import Pace
+from experiments.grids.protocol import CONFIGS, NETWORKS, read_protocol, read_rows
 
 # Takes the options of experiments.train and leaves a run's files behind. What it does beyond is told by files in --data-dir:
 # "fail" names a run that does, "hang" an epoch (a number) after which every run waits for a signal; with "stubborn" for ever.

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
-from experiments.display import Display
-from experiments.interruption import Interruption
+from experiments.run.display import Display
+from experiments.run.interruption import Interruption
 from tdlrt_jax import checkpoint
 from tests.experiments.jobs import DENSE, ROOT, TUCKER, interrupt_after, lines, numbers, run, saved_arrays
 

@@ -12,9 +12,9 @@ import tyro
 from PIL import Image
 
 import tdlrt_jax
-from experiments import metrics
 from experiments.config import TrainConfig
-from experiments.run_directory import RunDirectory, environment
+from experiments.run import metrics
+from experiments.run.directory import RunDirectory, environment
 from experiments.sealed import read_sealed
 from tdlrt_jax import checkpoint
 from tests.experiments.jobs import DENSE, TINY, TUCKER, fingerprint, interrupt_after, lines, numbers, run, saved_arrays

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.memory import forget_traces, give_back, heap_in_use, resident_bytes
+from experiments.run.memory import forget_traces, give_back, heap_in_use, resident_bytes
 
 
 def test_compiled_programs_stay_and_traces_go():

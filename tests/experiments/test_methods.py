@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import data, plots, train
-from experiments.build import build_model, is_pruned, kinds_of
+from experiments import train
 from experiments.config import ModelConfig, PruningConfig, TrainConfig, from_json
-from experiments.display import Display
 from experiments.methods import METHODS
-from experiments.metrics import layers, totals
+from experiments.run import data, plots
+from experiments.run.build import build_model, is_pruned, kinds_of
+from experiments.run.display import Display
+from experiments.run.metrics import layers, totals
 from tdlrt_jax.baselines import CPTensor, cp_to_dense
 from tdlrt_jax.tucker import is_tucker, to_dense
 from tests.experiments.jobs import interrupt_after, lines, numbers, saved_arrays

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 import tdlrt_jax
-from experiments import display, metrics, plots
+from experiments.run import display, metrics, plots
 
 
 @pytest.fixture

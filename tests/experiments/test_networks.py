@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import tdlrt_jax
-from experiments.batches import epoch_order, to_device, transform_of
-from experiments.build import build_model, build_optimizer
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
-from experiments.data import Dataset, Images
-from experiments.programs import build_programs
+from experiments.run.batches import epoch_order, to_device, transform_of
+from experiments.run.build import build_model, build_optimizer
+from experiments.run.data import Dataset, Images
+from experiments.run.programs import build_programs
 from tests.helpers import orthonormality
 
 ROOT = Path(__file__).resolve().parents[2]

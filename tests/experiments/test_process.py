@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments.process import SETTINGS, start_over
+from experiments.run.process import SETTINGS, start_over
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is started over")
 
@@ -29,7 +29,7 @@ def test_goes_on_where_all_are_set():
 
 @linux
 def test_a_process_sees_the_settings_once_and_its_own_arguments():
-    program = "import os, sys; from experiments.process import start_over, SETTINGS; start_over()\n"
+    program = "import os, sys; from experiments.run.process import start_over, SETTINGS; start_over()\n"
     program += "print(sys.argv[1:], [os.environ[name] for name in SETTINGS])"
     done = subprocess.run(
         [sys.executable, "-c", program, "a b"], env={"OPENBLAS_NUM_THREADS": "2"}, capture_output=True, text=True

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import tdlrt_jax
-from experiments import batches, data, metrics, programs
-from experiments.build import build_descent, build_model, build_optimizer
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
+from experiments.run import batches, data, metrics, programs
+from experiments.run.build import build_descent, build_model, build_optimizer
 from tdlrt_jax.nn import TuckerLinear
 from tests.experiments.jobs import (
     TUCKER,

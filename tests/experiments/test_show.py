@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import plots, show
+from experiments import show
+from experiments.run import plots
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results" / "mnist_lenet5"
 FIGURES = ("learning", "ranks", "compression", "truncation", "seconds")

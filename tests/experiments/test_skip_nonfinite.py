@@ -7,9 +7,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import batches, programs
 from experiments.config import OptimizerConfig
-from experiments.records import Sums
+from experiments.run import batches, programs
+from experiments.run.records import Sums
 from experiments.train import main
 
 # Three steps an epoch.

@@ -7,10 +7,10 @@ import pytest
 
 from experiments import table1
 from experiments.config import TrainConfig
-from experiments.grid import main
+from experiments.grids.grid import main
+from experiments.grids.protocol import CONFIGS, read_protocol, read_rows
+from experiments.grids.tables import Sources, Statistic, costs, final, latex_table, options_of, read_results, shrunk
 from experiments.methods import METHODS
-from experiments.protocol import CONFIGS, read_protocol, read_rows
-from experiments.tables import Sources, Statistic, costs, final, latex_table, options_of, read_results, shrunk
 
 PROTOCOL = read_protocol(CONFIGS / "table1" / "protocol.toml").options
 ROWS = {row.name: row for row in read_rows(CONFIGS / "table1")}
@@ -150,7 +150,7 @@ def test_results_that_do_not_belong_together_are_told(tmp_path):
 
 
 def test_rendering_needs_results(tmp_path, capsys):
-    from experiments.grid import main
+    from experiments.grids.grid import main
 
     assert main(table1.GRID, ["--render", "--results", str(tmp_path)]) == 2
     assert "holds no results yet" in capsys.readouterr().err

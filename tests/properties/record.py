@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hypothesis
 
-from experiments.run_directory import environment
+from experiments.run.directory import environment
 
 # Replayed failures, new examples, and those of shrinking a failure.
 PHASES = ("reuse-phase", "generate-phase", "shrink-phase")

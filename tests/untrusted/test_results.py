@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import grid, plots, results_table, show, step_cost, tables
+from experiments import results_table, show, step_cost
 from experiments.config import TrainConfig
-from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.grids import grid, tables
+from experiments.run import plots
+from experiments.run.directory import RunDirectory, RunDirectoryError
 from experiments.sealed import DamagedFileError, read_sealed
 
 RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "mnist_lenet5" / "bug_seed0.json"
@@ -169,7 +171,7 @@ def test_paths_in_a_configuration_are_not_followed(result, stranger, tmp_path, m
         asked.update(options)
         raise FileNotFoundError("enough")
 
-    monkeypatch.setattr("experiments.data.load", load)
+    monkeypatch.setattr("experiments.run.data.load", load)
     assert step_cost.main([str(run)]) == 2
     assert asked["data_dir"] is None and "cache_dir" not in asked
 

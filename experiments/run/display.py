@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.metrics import Layer, Totals
+from experiments.run.metrics import Layer, Totals
 
 __all__ = ["Display", "history_table", "layer_table", "rank_table"]
 

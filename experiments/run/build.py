@@ -16,8 +16,8 @@ from optax import contrib
 
 import tdlrt_jax
 from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
-from experiments.data import Dataset
-from experiments.metrics import layers, totals
+from experiments.run.data import Dataset
+from experiments.run.metrics import layers, totals
 from tdlrt_jax import models
 from tdlrt_jax.baselines import balance
 from tdlrt_jax.conv import conv_general_dilated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import tdlrt_jax
-from experiments.metrics import layer_name
-from experiments.programs import TrainState
+from experiments.run.metrics import layer_name
+from experiments.run.programs import TrainState
 from tdlrt_jax.capacity import COMPILATION_STEPS, HEADROOM, full_kernels
 
 __all__ = ["fit_arrays", "full_layers", "pressing_note", "steps_at_new_sizes"]

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import tdlrt_jax
-from experiments import plots
-from experiments.metrics import Layer, layer_name, paper_order, totals
+from experiments.run import plots
+from experiments.run.metrics import Layer, layer_name, paper_order, totals
 
 __all__ = ["Sums", "network_record", "scalars", "truncation_record"]
 

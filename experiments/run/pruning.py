@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from experiments.batches import DeviceImages, Transform, epoch_order, standardize
-from experiments.build import is_pruned
 from experiments.config import TrainConfig
-from experiments.metrics import cross_entropy, layer_name
+from experiments.run.batches import DeviceImages, Transform, epoch_order, standardize
+from experiments.run.build import is_pruned
+from experiments.run.metrics import cross_entropy, layer_name
 from tdlrt_jax.baselines import (
     apply_masks,
     grasp_scores,
@@ -33,7 +33,7 @@ class Pruning:
 
     Args:
       config: the options, with a method that prunes.
-      kinds: of the network's layers, see :func:`experiments.build.kinds_of`.
+      kinds: of the network's layers, see :func:`experiments.run.build.kinds_of`.
       descent: the optimizer of the weights that are left.
     """
 

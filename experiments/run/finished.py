@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from experiments import data
 from experiments.config import LOCATIONS, TrainConfig, from_json
-from experiments.interruption import Interruption
-from experiments.run_directory import RunDirectory
-from experiments.training import Training
+from experiments.run import data
+from experiments.run.directory import RunDirectory
+from experiments.run.interruption import Interruption
+from experiments.run.training import Training
 
 __all__ = ["Finished", "bring_back"]
 

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 
 import tdlrt_jax
-from experiments import plots
 from experiments.config import TrainConfig
-from experiments.display import layer_table
-from experiments.metrics import Layer, totals
-from experiments.run_directory import RunDirectory
+from experiments.run import plots
+from experiments.run.directory import RunDirectory
+from experiments.run.display import layer_table
+from experiments.run.metrics import Layer, totals
 from tdlrt_jax import checkpoint
 from tdlrt_jax.status import NOT_ORTHONORMAL
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from experiments.grid import GridError, Places, Run, publish
-from experiments.interruption import Interruption
-from experiments.pace import Pace, duration
+from experiments.grids.grid import GridError, Places, Run, publish
+from experiments.grids.pace import Pace, duration
+from experiments.run.interruption import Interruption
 
 __all__ = ["Ended", "execute"]
 
@@ -58,7 +58,7 @@ def execute(
 
     Args:
       runs: all of them, in their order.
-      states: where each stands, as :func:`experiments.grid.state_of` says.
+      states: where each stands, as :func:`experiments.grids.grid.state_of` says.
       places: where files are.
       command: what starts a run.
       locations: further arguments, which say where things are.

@@ -21,10 +21,10 @@ from flax import nnx
 from jax import Array
 
 import tdlrt_jax
-from experiments.batches import DeviceImages, Transform, evaluation_batches, standardize, training_batch
-from experiments.devices import ONE_DEVICE, Devices
-from experiments.memory import forget_traces
-from experiments.metrics import correct, cross_entropy
+from experiments.run.batches import DeviceImages, Transform, evaluation_batches, standardize, training_batch
+from experiments.run.devices import ONE_DEVICE, Devices
+from experiments.run.memory import forget_traces
+from experiments.run.metrics import correct, cross_entropy
 from tdlrt_jax.status import SKIPPED
 
 __all__ = ["Programs", "StepReport", "TrainState", "build_programs", "memory_of"]

@@ -1,4 +1,4 @@
-"""Figures of grids of runs. Drawn without pyplot, as those of a single run are (:mod:`experiments.plots`)."""
+"""Figures of grids of runs. Drawn without pyplot, as those of a single run are (:mod:`experiments.run.plots`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.tables import Statistic
+from experiments.grids.tables import Statistic
 
 __all__ = [
     "Curves",

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.grid import SCALES, GridError, Run
+from experiments.grids.grid import SCALES, GridError, Run
 
 __all__ = ["CONFIGS", "NETWORKS", "Protocol", "Row", "Scale", "fitting", "read_protocol", "read_rows", "read_toml"]
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent.parent / "configs"
 NETWORKS = {"vgg16": "VGG16", "alexnet": "AlexNet", "resnet18": "ResNet18", "lenet5": "LeNet5"}
 
 _SMALL = ("digits", "mnist", "fashion_mnist")  # images of 28x28 pixels; VGG16 halves its images five times
@@ -49,7 +49,7 @@ class Protocol(NamedTuple):
         Args:
           name: of the row, such as ``"vgg16/tdlrt"``; runs are called ``"vgg16/tdlrt/seed0"`` and so on.
           options: the row's, over the protocol's and under the scale's.
-          scale: one of :data:`~experiments.grid.SCALES`.
+          scale: one of :data:`~experiments.grids.grid.SCALES`.
           seeds: how many, from 0; default as the scale says.
           dataset: another data set than the protocol's.
         """

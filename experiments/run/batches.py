@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.data import Dataset, Images
+from experiments.run.data import Dataset, Images
 
 __all__ = [
     "DeviceImages",

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from experiments.config import LOCATIONS, TrainConfig, from_json
-from experiments.pace import Pace
+from experiments.grids.pace import Pace
 from experiments.publish import without_locations
-from experiments.run_directory import RunDirectory
+from experiments.run.directory import RunDirectory
 from experiments.schema import check_result
 from experiments.sealed import read_sealed, sealed, write_text
 
@@ -211,7 +211,7 @@ def _main(grid: Grid, argv: list[str], command: Sequence[str], poll: float) -> i
             console.print(f"{states[run.name]:8}  {run.name}")
         return 0
 
-    from experiments.execution import execute
+    from experiments.grids.execution import execute
 
     # A run's data directory is relative to where it starts, which is here.
     locations = [] if given.data_dir is None else ["--data-dir", str(given.data_dir)]

@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import data
-from experiments.compilation_cache import use_compilation_cache
 from experiments.config import TrainConfig
-from experiments.devices import Devices, first_says, join_processes, take_devices
-from experiments.endings import Outcome
-from experiments.interruption import Interruption
-from experiments.run_directory import RunDirectory, RunDirectoryError, environment
-from experiments.training import Training
+from experiments.run import data
+from experiments.run.compilation_cache import use_compilation_cache
+from experiments.run.devices import Devices, first_says, join_processes, take_devices
+from experiments.run.directory import RunDirectory, RunDirectoryError, environment
+from experiments.run.endings import Outcome
+from experiments.run.interruption import Interruption
+from experiments.run.training import Training
 
 __all__ = ["Outcome", "run"]
 
@@ -27,7 +27,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
       console: where to show progress; default standard output.
 
     Returns:
-      How it ended; files are in its directory (see :class:`~experiments.run_directory.RunDirectory`).
+      How it ended; files are in its directory (see :class:`~experiments.run.directory.RunDirectory`).
 
     Raises:
       RunDirectoryError: if the directory cannot be used; nothing is changed then.

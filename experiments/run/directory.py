@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import LOCATIONS, TrainConfig, changed_by_more_epochs
-from experiments.process import SETTINGS
+from experiments.run.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
 
@@ -263,7 +263,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the project's checkout, with a mark if files differ from it; ``None`` outside of one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import data
-from experiments.arrays import fit_arrays, full_layers, pressing_note, steps_at_new_sizes
-from experiments.batches import DeviceImages, epoch_order, to_device, transform_of
-from experiments.build import (
+from experiments.config import TrainConfig
+from experiments.run import data
+from experiments.run.arrays import fit_arrays, full_layers, pressing_note, steps_at_new_sizes
+from experiments.run.batches import DeviceImages, epoch_order, to_device, transform_of
+from experiments.run.build import (
     after_epoch,
     build_descent,
     build_model,
@@ -28,18 +29,17 @@ from experiments.build import (
     kinds_of,
     learning_rate,
 )
-from experiments.config import TrainConfig
-from experiments.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
-from experiments.display import Display
-from experiments.endings import Ending, NotFiniteError, Outcome
-from experiments.events import EventFile
-from experiments.interruption import Interruption
-from experiments.memory import give_back
-from experiments.metrics import Layer, layers, singular_values
-from experiments.programs import Programs, StepReport, TrainState, build_programs
-from experiments.pruning import Pruning
-from experiments.records import Sums, network_record, scalars, truncation_record
-from experiments.run_directory import RunDirectory, RunDirectoryError
+from experiments.run.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
+from experiments.run.directory import RunDirectory, RunDirectoryError
+from experiments.run.display import Display
+from experiments.run.endings import Ending, NotFiniteError, Outcome
+from experiments.run.events import EventFile
+from experiments.run.interruption import Interruption
+from experiments.run.memory import give_back
+from experiments.run.metrics import Layer, layers, singular_values
+from experiments.run.programs import Programs, StepReport, TrainState, build_programs
+from experiments.run.pruning import Pruning
+from experiments.run.records import Sums, network_record, scalars, truncation_record
 from tdlrt_jax import checkpoint
 from tdlrt_jax.capacity import array_bytes
 from tdlrt_jax.status import RANK_AT_CAPACITY

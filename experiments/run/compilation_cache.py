@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import data
+from experiments.run import data
 
 __all__ = ["LIMIT", "trim", "use_compilation_cache"]
 
@@ -24,7 +24,7 @@ def use_compilation_cache(cache_dir: Path | None) -> None:
 
     Args:
       cache_dir: they go to ``compiled`` in it, which is trimmed to :data:`LIMIT`.
-        Default: :func:`~experiments.data.cache_directory`.
+        Default: :func:`~experiments.run.data.cache_directory`.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
         return
