@@ -1,19 +1,19 @@
 """Committed results as a Markdown table: ``python -m experiments.results_table experiments/results/mnist_lenet5``.
 
-Runs that differ in nothing but the seed are one row: mean and standard deviation over the seeds.
+It takes files, and directories of them. The best come first; runs that differ in nothing but the seed are one row, with mean and
+standard deviation.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grids.tables import costs
+from experiments.grids.tables import costs, final, table
 from experiments.methods import METHODS
 from experiments.schema import check_result
 from experiments.sealed import read_sealed
@@ -23,15 +23,21 @@ __all__ = ["asked", "is_adaptive", "markdown", "method_name", "rows"]
 # What may differ between the runs of one row.
 RUN_ONLY = ("seed", "run_dir", "resume", "data_dir", "cache_dir")
 
+# What accuracies are titled; those of the test images alone are shown where not all runs have validation images.
+ACCURACIES = {"train": "training accuracy [%]", "validation": "validation [%]", "test": "test accuracy [%]"}
 
-def rows(directory: Path) -> list[dict[str, Any]]:
-    """One row a configuration, from every ``*.json`` in the directory; accuracies and compressions in percent.
+
+def rows(*paths: Path) -> list[dict[str, Any]]:
+    """One row a configuration, by descending test accuracy; accuracies and compressions in percent.
+
+    Args:
+      *paths: of results, or of directories, of which every ``*.json`` is one.
 
     Raises:
       ValueError: if there is no result, or a file is none, naming it.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(directory.glob("*.json")):
+    for path in _files(paths):
         try:
             result = read_sealed(path)
             check_result(result)
@@ -40,26 +46,31 @@ def rows(directory: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of experiments.train: {error!r}") from None
         groups[json.dumps(options, sort_keys=True)].append(result)
-    if not groups:
-        raise ValueError(f"{directory} holds no *.json results")
-    table = []
+    found = []
     for key, results in groups.items():
         options = json.loads(key)
-        finals = [result["final"] for result in results]
-        table.append(
+        found.append(
             {
                 "method": method_name(options),
                 "tau": asked(options),
                 "epochs": options["epochs"],
                 "seeds": sorted(result["seed"] for result in results),
-                "accuracy": _mean_and_deviation([100 * final["test_accuracy"] for final in finals]),
-                "all": _mean_and_deviation([100 * final["compression_all"] for final in finals]),
-                "convolutions": _mean_and_deviation([100 * final["compression_conv"] for final in finals]),
+                **{name: final(results, f"{name}_accuracy") for name in ACCURACIES},
+                "all": final(results, "compression_all"),
+                "convolutions": final(results, "compression_conv"),
                 "hardware": results[0]["hardware"],
                 **_costs(results),
             }
         )
-    return sorted(table, key=lambda row: (str(row["method"]), str(row["tau"])))
+    return sorted(found, key=lambda row: -row["test"].mean)
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds no *.json results")
+        yield from files
 
 
 def is_adaptive(options: Mapping[str, Any]) -> bool:
@@ -69,7 +80,14 @@ def is_adaptive(options: Mapping[str, Any]) -> bool:
 
 
 def method_name(options: Mapping[str, Any]) -> str | None:
-    """A run's method, its integrator if it has one and how often that adapts: ``"cp"``, ``"bug"``, ``"bug every 10 steps"``."""
+    """A run's method, its integrator if it has one, how often that adapts, and how kernels start where that is special.
+
+    Example:
+      >>> method_name({"method": "cp"}), method_name({"method": "tdlrt", "integrator": "bug", "adapt_every": 10})
+      ('cp', 'bug every 10 steps')
+      >>> method_name({"method": "tucker", "initialization": "normalized", "least_rank": 3})
+      'tucker (normalized, least rank 3)'
+    """
     words = [str(options["method"])] if options.get("method") not in (None, "tdlrt") else []
     if is_adaptive(options) and "integrator" in options:
         words.append(str(options["integrator"]))
@@ -79,6 +97,10 @@ def method_name(options: Mapping[str, Any]) -> str | None:
             words.append(f"every {options['adapt_every']} steps{between}")
         if options.get("keep_momentum"):
             words.append("with momentum")
+    start = ["normalized"] if options.get("initialization") == "normalized" else []
+    start += [f"least rank {options['least_rank']}"] if options.get("least_rank", 1) > 1 else []
+    if words and start:
+        words.append(f"({', '.join(start)})")
     return " ".join(words) or None
 
 
@@ -99,31 +121,40 @@ def _costs(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seconds": found.step, "peak": found.last_peak, "state": found.state}
 
 
-def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def markdown(table: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    header = ["method", "τ", "epochs", "seeds", "test accuracy [%]", "compression, all weights [%]", "convolutions [%]"]
-    costs = all("seconds" in row for row in table)
-    if costs:
+def markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table, with the columns that all of them have."""
+    held_out = all(row["validation"] is not None for row in found)
+    accuracies = list(ACCURACIES) if held_out else ["test"]
+    header = ["method", "τ", "epochs", "seeds", *[ACCURACIES[name] for name in accuracies]]
+    header += ["compression, all weights [%]", "convolutions [%]"]
+    with_costs = all("seconds" in row for row in found)
+    if with_costs:
         header += ["s / step", "peak of a step [MiB]", "parameters and optimizer [MiB]"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in table:
+    lines = []
+    for row in found:
         cells = [
             row["method"],
             "" if row["tau"] is None else row["tau"],
             row["epochs"],
             ", ".join(map(str, row["seeds"])),
         ]
-        cells += [f"{row['accuracy'][0]:.2f} ± {row['accuracy'][1]:.2f}"]
-        cells += [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" for name in ("all", "convolutions")]
-        if costs:
+        cells += [row[name].text() for name in accuracies] + [row[name].text(1) for name in ("all", "convolutions")]
+        if with_costs:
             cells += [f"{row['seconds']:.3f}", f"{row['peak']:.0f}", f"{row['state']:.1f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return table(header, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table of a command line's paths."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.results_table", description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, help="results, and directories of results")
+    given = parser.parse_args(argv)
+    try:
+        print(markdown(rows(*given.paths)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    print(markdown(rows(Path(sys.argv[1]))))
+    main()

@@ -41,7 +41,23 @@ def test_the_committed_results_reach_what_they_should():
     table = {row["method"]: row for row in rows(RESULTS)}
     for integrator in ("bug", "parallel"):
         assert table[integrator]["seeds"] == [0, 1, 2]
-        assert table[integrator]["accuracy"][0] >= 98.2 and table[integrator]["all"][0] >= 95.0
+        assert table[integrator]["test"].mean >= 98.2 and table[integrator]["all"].mean >= 95.0
+
+
+def test_files_of_several_places_are_one_table_the_best_first():
+    results = RESULTS.parent
+    files = [results / "importance" / "loss_70.json", results / "patience" / "dense_10.json"]
+    found = rows(*files)
+    finals = [json.loads(file.read_text())["final"] for file in reversed(files)]
+    assert [row["test"].mean for row in found] == [100 * final["test_accuracy"] for final in finals]
+    assert [row["method"] for row in found] == ["dense", "bug every 10 steps, bases between (normalized, least rank 3)"]
+    header, _, dense, tucker = [line.split(" | ") for line in markdown(found).splitlines()]
+    place = header.index("validation [%]")
+    for row, final in ((dense, finals[0]), (tucker, finals[1])):
+        assert row[place - 1 : place + 2] == [
+            f"{100 * final[f'{name}_accuracy']:.2f}" for name in ("train", "validation", "test")
+        ]
+    assert "validation" not in markdown(rows(*files, RESULTS))  # these runs held nothing out
 
 
 def test_files_that_are_no_results_are_named(tmp_path):
