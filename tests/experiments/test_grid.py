@@ -384,12 +384,14 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
         expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum", "patience"}
-        seldom = {"adapt_every", "bases_between", "initialization"}
-        expected |= {"imp": {"rounds"}, "tdlrt": seldom | {"least_rank"}, "matrix_dlrt": seldom}.get(
-            one.options["method"], set()
-        )
-        shared_by_loss = one.name.startswith(("vgg16/tdlrt/", "alexnet/tdlrt/"))
-        expected |= {"rank", "budget_importance"} if shared_by_loss else set()
+        adaptive = {"adapt_every", "bases_between", "initialization", "budget_importance", "rank"}
+        expected |= {
+            "imp": {"rounds"},
+            "tdlrt": adaptive | {"least_rank"},
+            "matrix_dlrt": adaptive,
+            "tucker": {"initialization", "least_rank"},
+            "matrix": {"initialization"},
+        }.get(one.options["method"], set())
         assert changed == expected
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
     digits = figure1.plan("smoke", 1, "digits")
