@@ -17,6 +17,12 @@ def test_the_results_page_shows_the_committed_results():
     assert markdown(rows(RESULTS)) in RESULTS_PAGE.read_text()
 
 
+def test_the_results_page_shows_every_method_under_the_whole_schedule():
+    results = RESULTS.parent
+    found = rows(results / "schedule", results / "importance" / "loss_70.json", results / "patience" / "dense_10.json")
+    assert markdown(found) in RESULTS_PAGE.read_text()
+
+
 def test_the_results_page_shows_the_committed_step_costs():
     cost = json.loads((ROOT / "experiments" / "results" / "cifar10_vgg16_quarter_step_cost.json").read_text())
     assert step_cost.markdown(cost) in RESULTS_PAGE.read_text()
