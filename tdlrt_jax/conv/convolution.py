@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from tdlrt_jax.conv.blocks import has_fast_blocks, in_blocks
 from tdlrt_jax.conv.geometry import Geometry, output_size, resolve
 from tdlrt_jax.conv.patches import convolve_by_patches, has_fast_patches, patches, product_of_patches
 
@@ -34,11 +35,20 @@ def convolve(
 
     A pointwise kernel (and no spatial dimension at all) is a matrix product. On the CPU so is a window wider than the
     image, where XLA leaves its fast convolution and is far slower than the product; for larger images the convolution is
-    as fast or faster. An odd number of in-channels is made even there where that helps. Where the derivative in the kernel is
-    faster by :func:`~tdlrt_jax.conv.patches.convolve_by_patches` it is taken so, in both modes and to any order.
+    as fast or faster. An odd number of in-channels is made even there where that helps, and strides between few channels
+    become blocks of pixels (:func:`~tdlrt_jax.conv.blocks.in_blocks`). The derivative in the kernel is taken by the way that is
+    the fastest for it, :func:`~tdlrt_jax.conv.patches.convolve_by_patches` or without blocks, in both modes and to any order.
     """
-    if has_fast_patches(x, kernel, geometry):
+    if has_fast_patches(x, kernel, geometry) or has_fast_blocks(kernel, geometry):
         return _with_fast_gradient(geometry, precision, preferred_element_type, x, kernel)
+    return _convolve(geometry, precision, preferred_element_type, x, kernel)
+
+
+def _by_the_fastest_way(
+    geometry: Geometry, precision: Any, preferred_element_type: Any, x: Array, kernel: Array
+) -> Array:
+    if has_fast_blocks(kernel, geometry):
+        x, kernel, geometry = in_blocks(x, kernel, geometry)
     return _convolve(geometry, precision, preferred_element_type, x, kernel)
 
 
@@ -51,6 +61,7 @@ def _convolve(geometry: Geometry, precision: Any, preferred_element_type: Any, x
         one_more = [(0, 0)] * len(window)
         x = jnp.pad(x, [(0, 0), *one_more, (0, 1)])
         kernel = jnp.pad(kernel, [*one_more, (0, 1), (0, 0)])
+    x, geometry = _pad_first(x, window, geometry)
     spatial = "".join("DHW"[-len(image) :]) if len(image) <= 3 else "".join(map(chr, range(97, 97 + len(image))))
     layout = f"N{spatial}C"
     return lax.conv_general_dilated(
@@ -66,7 +77,7 @@ def _convolve(geometry: Geometry, precision: Any, preferred_element_type: Any, x
     )
 
 
-_with_fast_gradient = jax.custom_jvp(_convolve, nondiff_argnums=(0, 1, 2))
+_with_fast_gradient = jax.custom_jvp(_by_the_fastest_way, nondiff_argnums=(0, 1, 2))
 
 
 @partial(_with_fast_gradient.defjvp, symbolic_zeros=True)
@@ -77,11 +88,20 @@ def _derivative(
     y = _with_fast_gradient(geometry, precision, preferred_element_type, x, kernel)
     parts = []
     if not isinstance(dx, SymbolicZero):
-        parts.append(_convolve(geometry, precision, preferred_element_type, dx, kernel))
+        parts.append(_by_the_fastest_way(geometry, precision, preferred_element_type, dx, kernel))
     if not isinstance(dkernel, SymbolicZero):
-        options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        parts.append(convolve_by_patches(x, dkernel, geometry, **options))
+        parts.append(_in_the_kernel(geometry, precision, preferred_element_type, x, dkernel))
     return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+def _in_the_kernel(
+    geometry: Geometry, precision: Any, preferred_element_type: Any, x: Array, kernel: Array, products: bool = False
+) -> Array:
+    """By the way whose transpose in the kernel is the fastest, or by matrix products in any case."""
+    if products or has_fast_patches(x, kernel, geometry):
+        options = {"precision": precision, "preferred_element_type": preferred_element_type}
+        return convolve_by_patches(x, kernel, geometry, **options)
+    return _convolve(geometry, precision, preferred_element_type, x, kernel)
 
 
 def kernel_gradient(
@@ -98,8 +118,7 @@ def kernel_gradient(
         to 77 times as long (jaxlib 0.10, benchmarks/results/cpu), its matrix products do not.
     """
     kernel = jax.ShapeDtypeStruct((*window, x.shape[-1] // geometry.groups, dy.shape[-1]), x.dtype)
-    way = convolve_by_patches if products or has_fast_patches(x, kernel, geometry) else convolve
-    return jax.linear_transpose(lambda kernel: way(x, kernel, geometry, precision=precision), kernel)(dy)[0]
+    return jax.linear_transpose(lambda k: _in_the_kernel(geometry, precision, None, x, k, products), kernel)(dy)[0]
 
 
 def conv_general_dilated(
@@ -157,6 +176,19 @@ def _is_slow(kernel: Array, geometry: Geometry) -> bool:
     """Whether a channel of zeros makes the convolution quicker."""
     channels, n_out = kernel.shape[-2:]
     return geometry.groups == 1 and channels > 1 and channels % 2 == 1 and n_out in _SLOW_IF_ODD
+
+
+def _pad_first(x: Array, window: Sequence[int], geometry: Geometry) -> tuple[Array, Geometry]:
+    """Pads by itself what is to be cut off, and what reaches beyond a window, whose gradient cuts it off.
+
+    XLA's CPU convolution of an image that is cut off before and padded behind reads what lies beyond it in memory (jaxlib 0.10).
+    """
+    extents = [(k - 1) * d + 1 for k, d in zip(window, geometry.dilation)]
+    if all(0 <= zeros < extent for pair, extent in zip(geometry.padding, extents) for zeros in pair):
+        return x, geometry
+    none = ((0, 0),) * len(extents)
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, 0) for pair in geometry.padding), (0, 0, 0)])
+    return x, geometry._replace(padding=none)
 
 
 def _wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:

@@ -10,7 +10,7 @@ from tdlrt_jax import tdlrt, tdlrt_step, to_dense, tucker_conv
 from tdlrt_jax.conv import patches
 from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import resolve
-from tdlrt_jax.conv.patches import convolve_by_patches
+from tdlrt_jax.conv.patches import convolve_by_patches, product_of_patches
 from tdlrt_jax.conv.rows import contract_rows
 from tdlrt_jax.frame import chart_point, lift, with_point
 from tests.conv.cases import compiled
@@ -137,6 +137,55 @@ def test_an_odd_number_of_channels_is_made_even_and_changes_nothing(channels, n_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, expected)
     if jax.default_backend() == "cpu":
         assert (f",{channels + 1}]" in str(jax.make_jaxpr(ours)(x, kernel))) == padded
+
+
+STRIDED = [
+    ((11, 11), 3, 8, {"strides": 2}, True),
+    ((5, 4), 2, 16, {"strides": (2, 3), "padding": "VALID"}, True),
+    ((3, 3), 4, 5, {"strides": 2, "padding": ((2, 0), (1, 4))}, True),
+    ((3, 3), 1, 4, {"strides": 2, "padding": ((-1, 2), (0, -1))}, True),
+    ((3, 3), 5, 4, {"strides": 2}, False),
+    ((3, 3), 3, 18, {"strides": 2}, False),
+    ((3, 2), 3, 4, {"strides": 2}, False),
+    ((3, 3), 3, 4, {"strides": (2, 1)}, False),
+    ((3, 3), 3, 4, {"strides": 2, "dilation": 2}, False),
+]
+
+
+@pytest.mark.parametrize("window, channels, n_out, options, in_blocks", STRIDED)
+def test_strides_between_few_channels_are_blocks_of_pixels(window, channels, n_out, options, in_blocks, x64, rng):
+    """The same values and derivatives, to second order; the derivative in the kernel is taken without blocks."""
+    geometry, _ = resolve(window, (26, 25), **options)
+    x, kernel = (jnp.asarray(rng.normal(size=s)) for s in ((2, 26, 25, channels), (*window, channels, n_out)))
+    direction = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in (x, kernel))
+
+    def derivatives(way):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(way(x, kernel, geometry)))
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return loss(x, kernel), *jax.jvp(gradient, (x, kernel), direction)
+
+    found, expected = (compiled(lambda w=way: derivatives(w))() for way in (convolve, product_of_patches))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, expected)
+    if jax.default_backend() == "cpu":
+        y, program = convolve(x, kernel, geometry), jax.make_jaxpr(lambda x: convolve(x, kernel, geometry))(x)
+        gradient = jax.make_jaxpr(lambda dy: kernel_gradient(x, dy, window, geometry))(y)
+        assert ("reshape" in str(program) and "reshape" not in str(gradient)) == in_blocks
+
+
+@pytest.mark.parametrize("padding", [(-1, 2), (-2, 1), (4, 0), (0, 5), (-1, -1), (2, -1)])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_images_may_be_cut_off_and_padded_beyond_the_window(padding, strides, rng):
+    """XLA's CPU convolution in float32 takes what lies in memory beyond an image that is cut off before and padded behind."""
+    geometry, _ = resolve((3, 3), (9, 8), strides=strides, padding=(padding, (0, 0)))
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 9, 8, 6), (3, 3, 6, 5)))
+
+    def of(way):
+        return compiled(jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(way(x, kernel, geometry))), (0, 1)))
+
+    found, expected = (of(way)(x, kernel) for way in (convolve, product_of_patches))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
 
 
 def test_amortized_steps_are_those_of_a_second_pass(x64, rng):
