@@ -2,8 +2,8 @@
 
 A 3x3 convolution's kernel gradient (``corr``) by itself and inside of a ``lax.cond``, as a convolution and as matrix products;
 forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels; kernel gradients from
-many pixels of few channels to few pixels of many, with the memory that they need meanwhile; and products that contract all
-pixels, as factors have them for their gradients.
+many pixels of few channels to few pixels of many, with the memory that they need meanwhile; products that contract all
+pixels, as factors have them for their gradients; and strided convolutions, with their gradients, as they are and in blocks.
 """
 
 from __future__ import annotations
@@ -47,6 +47,18 @@ ROWS = (
     (8192, 256, 32),
     (2048, 512, 64),
 )  # (pixels, channels, rank)
+STRIDED = (
+    (32, 11, 3, 8),
+    (32, 11, 3, 16),
+    (32, 11, 3, 24),
+    (32, 11, 1, 8),
+    (64, 7, 3, 8),
+    (64, 7, 3, 16),
+    (64, 7, 3, 24),
+    (32, 5, 4, 8),
+    (32, 3, 3, 8),
+    (32, 3, 8, 8),
+)  # (pixels a side, window, channels in, out), at stride 2
 
 
 def cells(options: Options) -> list[Cell]:
@@ -66,6 +78,7 @@ def cells(options: Options) -> list[Cell]:
         Cell("odd and even in-channels, 5x5", partial(_forward, options.rounds, batch, 5, ODD_AND_EVEN, 24)),
         Cell("kernel gradients", partial(_kernel_gradients, options.rounds, batch)),
         Cell("products over all pixels", partial(_rows, options.rounds, batch)),
+        Cell("strided, in blocks", partial(_strided, options.rounds, batch)),
     ]
 
 
@@ -179,6 +192,46 @@ def _rows(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]
         name = f"{rows} pixels, {channels} by {rank}"
         programs[f"{name}, at once"] = partial(_run, jax.jit(at_once), a, b)
         programs[f"{name}, in chunks"] = partial(_run, jax.jit(contract_rows), a, b)
+    say("timing")
+    return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+
+
+def _strided(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """A strided convolution by XLA, forward and both its transposes, and the same in blocks of pixels."""
+    import jax
+
+    from tdlrt_jax.conv.blocks import in_blocks
+    from tdlrt_jax.conv.geometry import resolve
+
+    def convolution(geometry: Any, x: Any, kernel: Any) -> Any:
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, geometry.strides, geometry.padding, dimension_numbers=layout)
+
+    def blocks(geometry: Any, x: Any, kernel: Any) -> Any:
+        x, kernel, geometry = in_blocks(x, kernel, geometry)
+        return convolution(geometry, x, kernel)
+
+    def in_the_image(way: Callable[..., Any], x: Any, kernel: Any, dy: Any) -> Any:
+        return jax.linear_transpose(lambda x: way(x, kernel), x)(dy)[0]
+
+    def in_the_kernel(way: Callable[..., Any], x: Any, kernel: Any, dy: Any) -> Any:
+        return jax.linear_transpose(lambda kernel: way(x, kernel), kernel)(dy)[0]
+
+    programs = {}
+    for side, window, channels, n_out in STRIDED:
+        geometry, _ = resolve((window, window), (side, side), strides=2)
+        x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
+        kernel = jax.random.normal(jax.random.key(1), (window, window, channels, n_out))
+        for name, way in (("as it is", partial(convolution, geometry)), ("in blocks", partial(blocks, geometry))):
+            case = f"{window}x{window}, {channels} to {n_out} channels, {side}x{side} pixels, {name}"
+            dy = way(x, kernel)
+            programs[case] = partial(_run, jax.jit(way), x, kernel)
+            programs[f"{case}, gradient in the image"] = partial(
+                _run, jax.jit(partial(in_the_image, way)), x, kernel, dy
+            )
+            programs[f"{case}, gradient in the kernel"] = partial(
+                _run, jax.jit(partial(in_the_kernel, way)), x, kernel, dy
+            )
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 
