@@ -16,6 +16,8 @@ DENSE = [*TINY, "--method", "dense"]
 # Small ranks and a tolerance large enough that ranks fall and arrays shrink within two epochs of six steps.
 TUCKER = ["--limit", "110", "--validation", "0.1", "--batch-size", "16", "--epochs", "2"]
 TUCKER += ["--rank", "12", "--tau", "0.4", "--learning-rate", "0.02", "--compilation-steps", "0"]
+# Half as many images in as many steps, for several steps a call: within a loop XLA's CPU convolutions take many times as long.
+IN_LOOPS = ["--limit", "60", "--validation", "0.2", "--batch-size", "8"]
 CLOCK = ("seconds", "evaluation_seconds", "compilations", "compile_seconds")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from experiments.run.display import Display
 from experiments.run.interruption import Interruption
 from tdlrt_jax import checkpoint
-from tests.experiments.jobs import DENSE, ROOT, TUCKER, interrupt_after, lines, numbers, run, saved_arrays
+from tests.experiments.jobs import DENSE, IN_LOOPS, ROOT, TUCKER, interrupt_after, lines, numbers, run, saved_arrays
 
 
 def test_sigint_at_the_end_of_an_epoch_loses_nothing(finished_dense, tmp_path, monkeypatch, no_plots):
@@ -70,7 +70,7 @@ def test_sigterm_to_the_process(tmp_path, caches):
 
 def test_a_signal_between_several_steps_of_one_call(tmp_path, monkeypatch, no_plots):
     """The calls under way come to their end, and the run goes on to the same numbers."""
-    options = [*TUCKER, "--method", "dense", "--steps-at-once", "2"]
+    options = [*TUCKER, *IN_LOOPS, "--method", "dense", "--steps-at-once", "2"]
     assert run(*options, "--run-dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7, signal.SIGTERM)

@@ -15,11 +15,7 @@ from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.run import batches, data, metrics, programs
 from experiments.run.build import build_descent, build_model, build_optimizer
 from tdlrt_jax.nn import TuckerLinear
-from tests.experiments.jobs import (
-    TUCKER,
-    lines,
-    run,
-)
+from tests.experiments.jobs import IN_LOOPS, TUCKER, lines, run
 
 
 class Small(nnx.Module):
@@ -96,7 +92,7 @@ def test_adaptive_steps_are_compiled_with_the_options_for_them(small, monkeypatc
 def test_several_steps_of_one_call_are_the_same_steps(tmp_path, method):
     """Up to rounding; calls end where a run evaluates, saves, or moves bases, and a run may go on with other calls."""
     options = [*TUCKER, "--method", "dense"] if method == "dense" else [*TUCKER, "--no-resize"]
-    options += ["--evaluate-every", "4", "--save-every", "5"]
+    options += [*IN_LOOPS, "--evaluate-every", "4", "--save-every", "5"]
     if method == "cores between":
         options += ["--adapt-every", "3", "--cores-between"]
     for name, at_once in (("one", 1), ("four", 4)):

@@ -13,7 +13,7 @@ from experiments.run.records import Sums
 from experiments.train import main
 
 # Three steps an epoch.
-TINY = ["--limit", "96", "--batch-size", "32", "--epochs", "3", "--rank", "4", "--no-resize"]
+TINY = ["--limit", "48", "--batch-size", "16", "--epochs", "3", "--rank", "4", "--no-resize"]
 
 
 def run(*options):
