@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from tdlrt_jax.conv.blocks import has_fast_blocks, in_blocks
-from tdlrt_jax.conv.geometry import Geometry, output_size, resolve
+from tdlrt_jax.conv.geometry import Geometry, output_size, pad_zeros, resolve
 from tdlrt_jax.conv.patches import convolve_by_patches, has_fast_patches, patches, product_of_patches
 
 __all__ = ["conv_general_dilated", "convolve", "kernel_gradient", "sample_pixels"]
@@ -61,7 +61,8 @@ def _convolve(geometry: Geometry, precision: Any, preferred_element_type: Any, x
         one_more = [(0, 0)] * len(window)
         x = jnp.pad(x, [(0, 0), *one_more, (0, 1)])
         kernel = jnp.pad(kernel, [*one_more, (0, 1), (0, 0)])
-    x, geometry = _pad_first(x, window, geometry)
+    if _needs_padding_first(window, geometry):
+        x, geometry = pad_zeros(x, geometry)
     spatial = "".join("DHW"[-len(image) :]) if len(image) <= 3 else "".join(map(chr, range(97, 97 + len(image))))
     layout = f"N{spatial}C"
     return lax.conv_general_dilated(
@@ -178,17 +179,13 @@ def _is_slow(kernel: Array, geometry: Geometry) -> bool:
     return geometry.groups == 1 and channels > 1 and channels % 2 == 1 and n_out in _SLOW_IF_ODD
 
 
-def _pad_first(x: Array, window: Sequence[int], geometry: Geometry) -> tuple[Array, Geometry]:
-    """Pads by itself what is to be cut off, and what reaches beyond a window, whose gradient cuts it off.
+def _needs_padding_first(window: Sequence[int], geometry: Geometry) -> bool:
+    """Whether an image is cut off, or padded beyond the window, so that its gradient is cut off.
 
     XLA's CPU convolution of an image that is cut off before and padded behind reads what lies beyond it in memory (jaxlib 0.10).
     """
     extents = [(k - 1) * d + 1 for k, d in zip(window, geometry.dilation)]
-    if all(0 <= zeros < extent for pair, extent in zip(geometry.padding, extents) for zeros in pair):
-        return x, geometry
-    none = ((0, 0),) * len(extents)
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, 0) for pair in geometry.padding), (0, 0, 0)])
-    return x, geometry._replace(padding=none)
+    return not all(0 <= zeros < extent for pair, extent in zip(geometry.padding, extents) for zeros in pair)
 
 
 def _wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "resolve", "resolve_input"]
+__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "pad_zeros", "resolve", "resolve_input"]
 
 PaddingLike = str | int | Sequence[int | Sequence[int]]
 
@@ -109,6 +109,15 @@ def pad_border(x: Array, geometry: Geometry, border: str | None) -> tuple[Array,
     widths = [(0, 0), *geometry.padding, (0, 0)]
     zero = ((0, 0),) * len(geometry.padding)
     return jnp.pad(x, widths, mode=border), geometry._replace(padding=zero)
+
+
+def pad_zeros(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
+    """``x (N, spatial..., channels)`` with zeros around and between its pixels, cut where padding is negative, and the rest."""
+    borders = [(*pad, spread - 1) for pad, spread in zip(geometry.padding, geometry.input_dilation)]
+    if any(border != (0, 0, 0) for border in borders):
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
+    spatial = len(borders)
+    return x, geometry._replace(padding=((0, 0),) * spatial, input_dilation=(1,) * spatial)
 
 
 def output_size(geometry: Geometry, window: Sequence[int], image: Sequence[int]) -> tuple[int, ...]:

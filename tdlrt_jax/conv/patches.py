@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tdlrt_jax.conv.geometry import Geometry, output_size
+from tdlrt_jax.conv.geometry import Geometry, output_size, pad_zeros
 
 __all__ = ["convolve_by_patches", "has_fast_patches", "patches", "product_of_patches"]
 
@@ -28,9 +28,7 @@ def patches(x: Array, window: Sequence[int], geometry: Geometry) -> list[Array]:
     """For each position in the window, the pixels under it: one strided slice ``(N, image'..., channels)`` of ``x``."""
     batch, *image, channels = x.shape
     size = output_size(geometry, window, image)
-    borders = [(*pad, spread - 1) for pad, spread in zip(geometry.padding, geometry.input_dilation)]
-    if any(border != (0, 0, 0) for border in borders):
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
+    x, geometry = pad_zeros(x, geometry)
 
     def under(position: tuple[int, ...]) -> Array:
         # Where the output has no pixels the window may lie outside of the image altogether.
