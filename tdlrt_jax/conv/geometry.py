@@ -112,7 +112,7 @@ def pad_border(x: Array, geometry: Geometry, border: str | None) -> tuple[Array,
 
 
 def pad_zeros(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
-    """``x (N, spatial..., channels)`` with zeros around and between its pixels, cut where padding is negative, and the rest."""
+    """``x (N, spatial..., channels)`` with the zeros around and between its pixels, or cut, and the geometry that is left."""
     borders = [(*pad, spread - 1) for pad, spread in zip(geometry.padding, geometry.input_dilation)]
     if any(border != (0, 0, 0) for border in borders):
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
