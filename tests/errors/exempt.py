@@ -69,19 +69,11 @@ REASONS = {
         ),
     ),
     _CHECKED: (
-        *(
-            "conv.convolution.convolve",
-            "conv.convolution.kernel_gradient",
-            "conv.convolution.sample_pixels",
-            "conv.geometry.output_size",
-        ),
+        *(f"conv.blocks.{n}" for n in ("has_fast_blocks", "in_blocks")),
+        *(f"conv.convolution.{n}" for n in ("convolve", "kernel_gradient", "sample_pixels")),
+        *(f"conv.geometry.{n}" for n in ("output_size", "pad_border", "pad_zeros")),
         *(f"conv.patches.{n}" for n in ("convolve_by_patches", "has_fast_patches", "patches", "product_of_patches")),
-        *(
-            "conv.geometry.pad_border",
-            "conv.plans.plan_for",
-            "conv.plans.work_of",
-            "conv.transposed.transposed_padding",
-        ),
+        *("conv.plans.plan_for", "conv.plans.work_of", "conv.transposed.transposed_padding"),
     ),
     _DERIVED: (
         *(
