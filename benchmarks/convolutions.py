@@ -3,7 +3,7 @@
 A 3x3 convolution's kernel gradient (``corr``) by itself and inside of a ``lax.cond``, as a convolution and as matrix products;
 forward passes to 64 channels from few in-channels, and from odd and even numbers of them to 24 channels; kernel gradients from
 many pixels of few channels to few pixels of many, with the memory that they need meanwhile; products that contract all
-pixels, as factors have them for their gradients; and strided convolutions, with their gradients, as they are and in blocks.
+pixels, as factors have them for their gradients; and convolutions of few channels, with their gradients, also in blocks.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ STRIDED = (
     (32, 3, 3, 8),
     (32, 3, 8, 8),
 )  # (pixels a side, window, channels in, out), at stride 2
+FEW_CHANNELS = (
+    (28, 5, 1, 4, 4),
+    (32, 3, 3, 8, 4),
+    (32, 3, 3, 16, 2),
+    (32, 3, 4, 8, 4),
+    (32, 3, 4, 16, 2),
+    (32, 3, 8, 8, 2),
+    (16, 3, 8, 8, 2),
+    (32, 3, 8, 12, 2),
+    (32, 3, 8, 16, 2),
+    (32, 3, 16, 16, 2),
+)  # the same at stride 1, and pixels of a row in a block
 
 
 def cells(options: Options) -> list[Cell]:
@@ -78,7 +90,13 @@ def cells(options: Options) -> list[Cell]:
         Cell("odd and even in-channels, 5x5", partial(_forward, options.rounds, batch, 5, ODD_AND_EVEN, 24)),
         Cell("kernel gradients", partial(_kernel_gradients, options.rounds, batch)),
         Cell("products over all pixels", partial(_rows, options.rounds, batch)),
-        Cell("strided, in blocks", partial(_strided, options.rounds, batch)),
+        Cell(
+            "strided, in blocks", partial(_in_blocks, options.rounds, batch, [(*size, 2, (2, 2)) for size in STRIDED])
+        ),
+        Cell(
+            "few channels, in blocks of a row",
+            partial(_in_blocks, options.rounds, batch, [(*size, 1, (1, row)) for *size, row in FEW_CHANNELS]),
+        ),
     ]
 
 
@@ -176,30 +194,32 @@ def _by_products(geometry: Any, x: Any, dy: Any) -> Any:
 
 
 def _rows(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """``A^T B`` with a long sum, as one product and as the library takes it."""
+    """``A^T B`` with a long sum, as XLA takes it, with few columns, and as the library has it, with few rows."""
     import jax
     import jax.numpy as jnp
 
+    from tdlrt_jax import compiler_options
     from tdlrt_jax.conv.rows import contract_rows
 
-    def at_once(a: Any, b: Any) -> Any:
-        return jnp.matmul(b.T, a).T  # the small operand first, which is the better order
+    def few_columns(a: Any, b: Any) -> Any:
+        return jnp.matmul(b.T, a).T  # which XLA takes for A^T B
 
-    programs = {}
+    programs, compiled = {}, partial(jax.jit, compiler_options=compiler_options())
     for rows, channels, rank in ROWS:
         rows = rows * batch // 128
         a, b = (jax.random.normal(jax.random.key(i), (rows, size)) for i, size in enumerate((channels, rank)))
         name = f"{rows} pixels, {channels} by {rank}"
-        programs[f"{name}, at once"] = partial(_run, jax.jit(at_once), a, b)
-        programs[f"{name}, in chunks"] = partial(_run, jax.jit(contract_rows), a, b)
+        programs[f"{name}, few columns"] = partial(_run, compiled(few_columns), a, b)
+        programs[f"{name}, few rows"] = partial(_run, compiled(contract_rows), a, b)
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 
 
-def _strided(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """A strided convolution by XLA, forward and both its transposes, and the same in blocks of pixels."""
+def _in_blocks(rounds: int, batch: int, sizes: Sequence[tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, Any]:
+    """A convolution by XLA, forward and both its transposes, and the same in blocks of pixels."""
     import jax
 
+    from tdlrt_jax import compiler_options
     from tdlrt_jax.conv.blocks import in_blocks
     from tdlrt_jax.conv.geometry import resolve
 
@@ -207,9 +227,10 @@ def _strided(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, A
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, geometry.strides, geometry.padding, dimension_numbers=layout)
 
-    def blocks(geometry: Any, x: Any, kernel: Any) -> Any:
-        x, kernel, geometry = in_blocks(x, kernel, geometry)
-        return convolution(geometry, x, kernel)
+    def by_blocks(geometry: Any, blocks: tuple[int, int], x: Any, kernel: Any) -> Any:
+        x, larger, geometry = in_blocks(x, kernel, geometry, blocks)
+        y = convolution(geometry, x, larger)
+        return y.reshape(*y.shape[:-2], -1, kernel.shape[-1])
 
     def in_the_image(way: Callable[..., Any], x: Any, kernel: Any, dy: Any) -> Any:
         return jax.linear_transpose(lambda x: way(x, kernel), x)(dy)[0]
@@ -217,20 +238,21 @@ def _strided(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, A
     def in_the_kernel(way: Callable[..., Any], x: Any, kernel: Any, dy: Any) -> Any:
         return jax.linear_transpose(lambda kernel: way(x, kernel), kernel)(dy)[0]
 
-    programs = {}
-    for side, window, channels, n_out in STRIDED:
-        geometry, _ = resolve((window, window), (side, side), strides=2)
+    programs, compiled = {}, partial(jax.jit, compiler_options=compiler_options())
+    for side, window, channels, n_out, stride, blocks in sizes:
+        geometry, _ = resolve((window, window), (side, side), strides=stride)
         x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
         kernel = jax.random.normal(jax.random.key(1), (window, window, channels, n_out))
-        for name, way in (("as it is", partial(convolution, geometry)), ("in blocks", partial(blocks, geometry))):
+        ways = {"as it is": partial(convolution, geometry), "in blocks": partial(by_blocks, geometry, blocks)}
+        for name, way in ways.items():
             case = f"{window}x{window}, {channels} to {n_out} channels, {side}x{side} pixels, {name}"
             dy = way(x, kernel)
-            programs[case] = partial(_run, jax.jit(way), x, kernel)
+            programs[case] = partial(_run, compiled(way), x, kernel)
             programs[f"{case}, gradient in the image"] = partial(
-                _run, jax.jit(partial(in_the_image, way)), x, kernel, dy
+                _run, compiled(partial(in_the_image, way)), x, kernel, dy
             )
             programs[f"{case}, gradient in the kernel"] = partial(
-                _run, jax.jit(partial(in_the_kernel, way)), x, kernel, dy
+                _run, compiled(partial(in_the_kernel, way)), x, kernel, dy
             )
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}

@@ -65,6 +65,7 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
 
     from benchmarks.methods import memory_of, tree_bytes
     from benchmarks.peers import Peer
+    from tdlrt_jax import compiler_options
 
     x, _ = images(network)
     programs: dict[str, Callable[[], float | None]] = {}
@@ -73,7 +74,7 @@ def _measure(options: Options, network: Network, say: Callable[[str], None]) -> 
     for name, (apply, parameters) in _forms(network).items():
         say(f"compiling {name}")
         started = time.perf_counter()
-        compiled = jax.jit(apply).lower(*parameters, x).compile()
+        compiled = jax.jit(apply, compiler_options=compiler_options(runs_often=True)).lower(*parameters, x).compile()
         facts[name] = {
             "what": FORMS[name],
             "compile_seconds": time.perf_counter() - started,

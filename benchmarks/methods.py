@@ -74,10 +74,11 @@ class TrainingStep:
         Args:
           network, method: what is trained, and how.
           learning_rate, momentum: of the descent.
-          compiler_options: of this machine's compiler.
+          compiler_options: of this machine's compiler; default: :func:`tdlrt_jax.compiler_options`.
           compile: ``compile(function, arguments)``, which traces a step and returns what compiles it; default: for this machine.
         """
-        self.compiler_options = dict(compiler_options or {})
+        given: Mapping[str, Any] = tdlrt_jax.compiler_options() if compiler_options is None else compiler_options
+        self.compiler_options = dict(given)
         self._lower = compile or self._for_here
         self.host_bytes = 0  # by which compiling made the process' peak of memory grow
         ordinary = method in ("factorized", "paper")

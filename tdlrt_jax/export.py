@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdlrt_jax.arguments import check_path, shown
+from tdlrt_jax.compilation import compiler_options
 from tdlrt_jax.programs import check_program
 
 __all__ = ["Program", "deserialize", "load", "save", "serialize", "to_onnx"]
@@ -43,12 +44,14 @@ class Program:
                 f"exported is {shown(exported)}: expected a jax.export.Exported; export.deserialize reads one"
             )
         self.exported = exported  # of jax.export, for everything that it tells
-        self._call = jax.jit(exported.call)
+        self._call = jax.jit(exported.call, compiler_options=compiler_options(runs_often=True))
 
     def __call__(self, *inputs: Any) -> Any:
         """The outputs for inputs of the exported shapes and dtypes; ``ValueError`` for others."""
         try:
-            return self._call(*inputs)
+            # Within another jitted function it is that function's options that count.
+            traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+            return (self.exported.call if traced else self._call)(*inputs)
         except (TypeError, ValueError) as error:
             message = str(error).splitlines()[0]
             raise ValueError(f"inputs do not fit {self}: expected {', '.join(self.inputs)}. {message}") from error

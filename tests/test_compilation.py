@@ -1,6 +1,7 @@
 """The options that programs are compiled with."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,46 @@ def test_a_program_that_runs_once_is_optimized_least(no_flags):
     assert once == {**usual, "xla_backend_optimization_level": 0}
 
 
+@on_cpu
+def test_a_program_that_runs_often_is_optimized_as_usual(no_flags):
+    usual, often = tdlrt_jax.compiler_options(), tdlrt_jax.compiler_options(runs_often=True)
+    assert usual == {**often, **compilation._ON_CPU}
+    assert not often.keys() & compilation._ON_CPU.keys()
+    with pytest.raises(ValueError, match="runs_once and runs_often are both True"):
+        tdlrt_jax.compiler_options(runs_once=True, runs_often=True)
+
+
+def library_calls(options):
+    """How many convolutions and sums of a program are left to a library."""
+
+    def program(x, kernel, matrix):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return jax.lax.conv_general_dilated(y, kernel, (1, 1), "SAME", dimension_numbers=layout), jnp.sum(matrix)
+
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 8, 8, 32), (3, 3, 32, 32), (512, 512))]
+    text = jax.jit(program, compiler_options=options).lower(*arguments).compile().as_text()
+    called = re.findall(rf"calls=%([\w.]+)[^\n]*{compilation._MARK}", text)
+    bodies = [re.search(rf"^%{re.escape(name)} .*?^}}", text, re.M | re.S).group() for name in called]
+    return {kind: sum(f" {kind}(" in body for body in bodies) for kind in ("convolution", "reduce")}
+
+
+@on_cpu
+def test_convolutions_are_xlas_own(no_flags):
+    """Those of 32 and 64 filters are left to a library otherwise, which takes them on one core; sums stay where they are."""
+    options = tdlrt_jax.compiler_options(runs_often=True)
+    if not compilation._with_convolutions_of_its_own():
+        assert not options
+        pytest.skip("this jaxlib takes them by itself")
+    as_it_comes, own = (library_calls(o) for o in ({}, options))
+    assert as_it_comes == {"convolution": 2, "reduce": 1}
+    assert own == {"convolution": 0, "reduce": 1}
+
+
 def test_other_devices_have_none(no_flags, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert tdlrt_jax.compiler_options() == {} == tdlrt_jax.compiler_options(runs_once=True)
+    for how in ({}, {"runs_once": True}, {"runs_often": True}):
+        assert tdlrt_jax.compiler_options(**how) == {}
 
 
 @on_cpu

@@ -246,7 +246,7 @@ def build_programs(
         kept = jax.lax.cond(healthy, lambda: after, lambda: state._replace(healthy=healthy))
         return kept, StepReport(loss, hits, finite, status)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=tdlrt_jax.compiler_options())
     def evaluate_batch(
         params: Any, model_state: Any, data: DeviceImages, indices: Array, weights: Array
     ) -> tuple[Array, Array]:
@@ -267,8 +267,8 @@ def build_programs(
     kinds = {"cores": "cores_only", "bases": "ranks_stay"}
     whole = step_of() if adaptive else plain
     frequent = None if between is None else partial(step, step_of(**{kinds[between]: True}))
-    # Steps of other methods compile in seconds.
-    options = tdlrt_jax.compiler_options() if adaptive else None
+    # Steps of other methods compile in seconds as it is.
+    options = tdlrt_jax.compiler_options(runs_often=not adaptive)
     programs = Programs(partial(step, whole), evaluate, devices, frequent, at_once, options)
     start = TrainState(params, tx.init(params), model_state, jnp.bool_(True))
     # Every leaf its own buffer: the step donates its state, and no buffer can be given away twice.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from tdlrt_jax.conv.blocks import has_fast_blocks, in_blocks
-from tdlrt_jax.conv.geometry import Geometry, output_size, pad_zeros, resolve
+from tdlrt_jax.conv.blocks import fast_blocks, in_blocks
+from tdlrt_jax.conv.geometry import Geometry, output_size, pad_zeros, resolve, wider_than_image
 from tdlrt_jax.conv.patches import convolve_by_patches, has_fast_patches, patches, product_of_patches
 
 __all__ = ["conv_general_dilated", "convolve", "kernel_gradient", "sample_pixels"]
@@ -35,11 +35,11 @@ def convolve(
 
     A pointwise kernel (and no spatial dimension at all) is a matrix product. On the CPU so is a window wider than the
     image, where XLA leaves its fast convolution and is far slower than the product; for larger images the convolution is
-    as fast or faster. An odd number of in-channels is made even there where that helps, and strides between few channels
-    become blocks of pixels (:func:`~tdlrt_jax.conv.blocks.in_blocks`). The derivative in the kernel is taken by the way that is
+    as fast or faster. An odd number of in-channels is made even there where that helps, and few channels become more, those of
+    blocks of pixels (:func:`~tdlrt_jax.conv.blocks.in_blocks`). The derivative in the kernel is taken by the way that is
     the fastest for it, :func:`~tdlrt_jax.conv.patches.convolve_by_patches` or without blocks, in both modes and to any order.
     """
-    if has_fast_patches(x, kernel, geometry) or has_fast_blocks(kernel, geometry):
+    if has_fast_patches(x, kernel, geometry) or fast_blocks(x, kernel, geometry):
         return _with_fast_gradient(geometry, precision, preferred_element_type, x, kernel)
     return _convolve(geometry, precision, preferred_element_type, x, kernel)
 
@@ -47,15 +47,18 @@ def convolve(
 def _by_the_fastest_way(
     geometry: Geometry, precision: Any, preferred_element_type: Any, x: Array, kernel: Array
 ) -> Array:
-    if has_fast_blocks(kernel, geometry):
-        x, kernel, geometry = in_blocks(x, kernel, geometry)
-    return _convolve(geometry, precision, preferred_element_type, x, kernel)
+    blocks = fast_blocks(x, kernel, geometry)
+    if blocks is None:
+        return _convolve(geometry, precision, preferred_element_type, x, kernel)
+    shape = (x.shape[0], *output_size(geometry, kernel.shape[:-2], x.shape[1:-1]), kernel.shape[-1])
+    x, kernel, geometry = in_blocks(x, kernel, geometry, blocks)
+    return _convolve(geometry, precision, preferred_element_type, x, kernel).reshape(shape)
 
 
 def _convolve(geometry: Geometry, precision: Any, preferred_element_type: Any, x: Array, kernel: Array) -> Array:
     window, image = kernel.shape[:-2], x.shape[1:-1]
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if math.prod(window) == 1 or (jax.default_backend() == "cpu" and _wider_than_image(window, image, geometry)):
+    if math.prod(window) == 1 or (jax.default_backend() == "cpu" and wider_than_image(window, image, geometry)):
         return product_of_patches(x, kernel, geometry, **options)
     if _is_slow(kernel, geometry) and jax.default_backend() == "cpu":
         one_more = [(0, 0)] * len(window)
@@ -186,12 +189,6 @@ def _needs_padding_first(window: Sequence[int], geometry: Geometry) -> bool:
     """
     extents = [(k - 1) * d + 1 for k, d in zip(window, geometry.dilation)]
     return not all(0 <= zeros < extent for pair, extent in zip(geometry.padding, extents) for zeros in pair)
-
-
-def _wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a window is wider than the input, or than the output, which the backward pass convolves."""
-    sides = zip(window, geometry.dilation, image, output_size(geometry, window, image))
-    return any((k - 1) * d + 1 > min(before, after) for k, d, before, after in sides)
 
 
 def sample_pixels(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:

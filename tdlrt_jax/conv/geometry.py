@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["Geometry", "PaddingLike", "output_size", "pad_border", "pad_zeros", "resolve", "resolve_input"]
+__all__ = [
+    "Geometry",
+    "PaddingLike",
+    "output_size",
+    "pad_border",
+    "pad_zeros",
+    "resolve",
+    "resolve_input",
+    "wider_than_image",
+]
 
 PaddingLike = str | int | Sequence[int | Sequence[int]]
 
@@ -170,3 +179,9 @@ def _explicit_padding(padding: Any, spatial: int) -> tuple[tuple[int, int], ...]
     if len(pairs) != spatial or any(len(pair) != 2 for pair in pairs):
         raise ValueError(expected)
     return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def wider_than_image(window: Sequence[int], image: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a window is wider than the input, or than the output, which the backward pass convolves."""
+    sides = zip(window, geometry.dilation, image, output_size(geometry, window, image))
+    return any((k - 1) * d + 1 > min(before, after) for k, d, before, after in sides)

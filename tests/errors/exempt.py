@@ -69,9 +69,9 @@ REASONS = {
         ),
     ),
     _CHECKED: (
-        *(f"conv.blocks.{n}" for n in ("has_fast_blocks", "in_blocks")),
+        *(f"conv.blocks.{n}" for n in ("fast_blocks", "in_blocks")),
         *(f"conv.convolution.{n}" for n in ("convolve", "kernel_gradient", "sample_pixels")),
-        *(f"conv.geometry.{n}" for n in ("output_size", "pad_border", "pad_zeros")),
+        *(f"conv.geometry.{n}" for n in ("output_size", "pad_border", "pad_zeros", "wider_than_image")),
         *(f"conv.patches.{n}" for n in ("convolve_by_patches", "has_fast_patches", "patches", "product_of_patches")),
         *("conv.plans.plan_for", "conv.plans.work_of", "conv.transposed.transposed_padding"),
     ),
