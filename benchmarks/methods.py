@@ -24,6 +24,7 @@ __all__ = ["AMORTIZED", "JAX_METHODS", "TrainingStep", "memory_of", "step_of", "
 AMORTIZED = 10  # bases and ranks move every so many steps
 # Below it nothing is cut but what the arrays have no room for: ranks stay at their capacities, so every step has all its work.
 TOLERANCE = 1e-3
+PLAIN = ("dense", "dense_xla", "factorized", "factorized_at_rank")  # without TDLRT
 JAX_METHODS = {
     "dense": "dense, with a matrix product where XLA's convolution is slow",
     "dense_xla": "dense, flax as it comes",
@@ -74,11 +75,11 @@ class TrainingStep:
         Args:
           network, method: what is trained, and how.
           learning_rate, momentum: of the descent.
-          compiler_options: of this machine's compiler; default: :func:`tdlrt_jax.compiler_options`.
+          compiler_options: of this machine's compiler; default: :func:`tdlrt_jax.compiler_options`, as the main job has them.
           compile: ``compile(function, arguments)``, which traces a step and returns what compiles it; default: for this machine.
         """
-        given: Mapping[str, Any] = tdlrt_jax.compiler_options() if compiler_options is None else compiler_options
-        self.compiler_options = dict(given)
+        chosen: Mapping[str, Any] = tdlrt_jax.compiler_options(runs_often=method in PLAIN)
+        self.compiler_options = dict(chosen if compiler_options is None else compiler_options)
         self._lower = compile or self._for_here
         self.host_bytes = 0  # by which compiling made the process' peak of memory grow
         ordinary = method in ("factorized", "paper")
@@ -176,7 +177,7 @@ def several(step: Callable[..., Any], steps: int) -> Callable[..., Any]:
 
 def step_of(method: str, loss_fn: Callable[..., Any], inner: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``step(params, opt_state, model_state, *batch)`` of a method, and the initialization of its optimizer."""
-    if method in ("dense", "dense_xla", "factorized", "factorized_at_rank"):
+    if method in PLAIN:
 
         def plain(params: Any, opt_state: Any, model_state: Any, *batch: Array) -> tuple[Any, Any, Any, Array]:
             (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, *batch)
