@@ -71,6 +71,14 @@ FEW_CHANNELS = (
     (32, 3, 8, 16, 2),
     (32, 3, 16, 16, 2),
 )  # the same at stride 1, and pixels of a row in a block
+FILTERS = (
+    (32, 3, 64),
+    (32, 64, 64),
+    (16, 32, 32),
+    (8, 32, 32),
+    (8, 64, 64),
+    (4, 128, 128),
+)  # (pixels a side, channels in, out)
 
 
 def cells(options: Options) -> list[Cell]:
@@ -211,6 +219,29 @@ def _rows(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]
         name = f"{rows} pixels, {channels} by {rank}"
         programs[f"{name}, few columns"] = partial(_run, compiled(few_columns), a, b)
         programs[f"{name}, few rows"] = partial(_run, compiled(contract_rows), a, b)
+    say("timing")
+    return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
+
+
+def _options(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """XLA's convolution as it comes, which may be a library's, and with the options for programs that run often."""
+    import jax
+
+    from tdlrt_jax import compiler_options
+
+    convolution = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    programs = {}
+    for side, channels, n_out in FILTERS:
+        x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, n_out))
+        for name, how in (("as it comes", {}), ("with the options", compiler_options(runs_often=True))):
+            case = f"3x3, {channels} to {n_out} channels at {side}x{side} pixels, {name}"
+            programs[case] = partial(_run, jax.jit(convolution, compiler_options=how), x, kernel)
     say("timing")
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 

@@ -21,7 +21,7 @@ _ON_CPU: dict[str, bool | int | str] = {
     "xla_cpu_use_fusion_emitters": False,
 }
 # What XLA's CPU backend leaves to a library of kernels (YNNPACK). Convolutions of 32 or 64 filters take one core by it, however
-# many there are, and products of matrices are no faster; sums are, so they stay where they are left to it.
+# many there are (jaxlib 0.10, benchmarks/results/cpu); sums stay where they are left to it.
 _LEFT_TO_A_LIBRARY, _SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
 _MARK = "ynn_fusion"  # of such a part in a compiled program
 

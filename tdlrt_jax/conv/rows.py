@@ -15,8 +15,8 @@ __all__ = ["contract_rows"]
 def contract_rows(a: Array, b: Array, *, precision: Any = None, dtype: Any = None) -> Array:
     """``A^T B`` over all dimensions but the last: ``(..., m)`` and ``(..., n)`` to ``(m, n)``.
 
-    On a CPU the product with few rows is taken and transposed where the result has few columns, which takes XLA twice to four
-    times as long (two cores, jaxlib 0.10, ``benchmarks/results/cpu``).
+    On a CPU the product with few rows is taken and transposed where the result has few columns, which takes XLA up to twice as
+    long (two cores, jaxlib 0.10, ``benchmarks/results/cpu``).
 
     Args:
       a, b: with equal leading dimensions.

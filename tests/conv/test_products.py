@@ -10,6 +10,7 @@ import pytest
 
 from tdlrt_jax import tdlrt, tdlrt_step, to_dense, tucker_conv
 from tdlrt_jax.conv import patches
+from tdlrt_jax.conv.blocks import in_blocks
 from tdlrt_jax.conv.convolution import convolve, kernel_gradient
 from tdlrt_jax.conv.geometry import resolve
 from tdlrt_jax.conv.patches import convolve_by_patches, product_of_patches
@@ -168,8 +169,8 @@ OF_A_ROW = [
 ]
 
 
-@pytest.mark.parametrize("window, channels, n_out, options, in_blocks", STRIDED + OF_A_ROW)
-def test_few_channels_become_those_of_blocks_of_pixels(window, channels, n_out, options, in_blocks, x64, rng):
+@pytest.mark.parametrize("window, channels, n_out, options, blocks", STRIDED + OF_A_ROW)
+def test_few_channels_become_those_of_blocks_of_pixels(window, channels, n_out, options, blocks, x64, rng):
     """The same values and derivatives, to second order; the derivative in the kernel is taken without blocks."""
     geometry, _ = resolve(window, (26, 25), **options)
     x, kernel = (jnp.asarray(rng.normal(size=s)) for s in ((2, 26, 25, channels), (*window, channels, n_out)))
@@ -187,7 +188,13 @@ def test_few_channels_become_those_of_blocks_of_pixels(window, channels, n_out, 
     if jax.default_backend() == "cpu":
         y, program = convolve(x, kernel, geometry), jax.make_jaxpr(lambda x: convolve(x, kernel, geometry))(x)
         gradient = jax.make_jaxpr(lambda dy: kernel_gradient(x, dy, window, geometry))(y)
-        assert ("reshape" in str(program) and "reshape" not in str(gradient)) == in_blocks
+        assert ("reshape" in str(program) and "reshape" not in str(gradient)) == blocks
+
+
+def test_a_row_is_of_whole_blocks():
+    geometry, _ = resolve((3, 3), (8, 7))
+    with pytest.raises(ValueError, match=r"blocks=\(1, 2\) are of 2 pixels of a row of the output, which has 7"):
+        in_blocks(jnp.ones((1, 8, 7, 2)), jnp.ones((3, 3, 2, 3)), geometry, (1, 2))
 
 
 @pytest.mark.parametrize(
