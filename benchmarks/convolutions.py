@@ -98,6 +98,7 @@ def cells(options: Options) -> list[Cell]:
         Cell("odd and even in-channels, 5x5", partial(_forward, options.rounds, batch, 5, ODD_AND_EVEN, 24)),
         Cell("kernel gradients", partial(_kernel_gradients, options.rounds, batch)),
         Cell("products over all pixels", partial(_rows, options.rounds, batch)),
+        Cell("by XLA itself and as it comes", partial(_options, options.rounds, batch)),
         Cell(
             "strided, in blocks", partial(_in_blocks, options.rounds, batch, [(*size, 2, (2, 2)) for size in STRIDED])
         ),
