@@ -130,18 +130,21 @@ def _control_flow(rounds: int, batch: int, side: int, channels: int, say: Callab
     return {"batch": batch, "seconds": {name: spread(s) for name, s in in_turn(programs, rounds=rounds).items()}}
 
 
+def _xlas_convolution() -> Callable[..., Any]:
+    """XLA's own, at stride 1 and with as many pixels out as in."""
+    import jax
+
+    layout = ("NHWC", "HWIO", "NHWC")
+    return partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=layout)
+
+
 def _forward(
     rounds: int, batch: int, side: int, in_channels: Sequence[int], n_out: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """XLA's convolution itself, of images of 32x32 pixels."""
     import jax
 
-    convolution = partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    convolution = _xlas_convolution()
     programs = {}
     for channels in in_channels:
         x = jax.random.normal(jax.random.key(0), (batch, 32, 32, channels))
@@ -230,12 +233,7 @@ def _options(rounds: int, batch: int, say: Callable[[str], None]) -> dict[str, A
 
     from tdlrt_jax import compiler_options
 
-    convolution = partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    convolution = _xlas_convolution()
     programs = {}
     for side, channels, n_out in FILTERS:
         x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
