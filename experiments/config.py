@@ -260,7 +260,8 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest global norm of the gradient."""
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    """cosine: down to zero over all epochs. plateau: a tenth whenever a loss stops falling (the paper), see --plateau-of."""
+    """cosine: down to zero over all epochs. plateau: a tenth whenever a loss stops falling (the paper), see --plateau-of; with
+    a --budget only once that is reached, since a loss rises where weights go."""
     patience: int = 5
     """Epochs without a better loss before plateau lowers the learning rate."""
     plateau_of: Literal["training", "validation"] = "training"

@@ -239,24 +239,34 @@ def _held_plateau(optimizer: OptimizerConfig) -> optax.GradientTransformationExt
 
 
 def after_epoch(
-    optimizer: OptimizerConfig, opt_state: Any, validation_loss: float, place: Callable[[Any], Any] = lambda node: node
+    optimizer: OptimizerConfig,
+    opt_state: Any,
+    validation_loss: float | None,
+    place: Callable[[Any], Any] = lambda node: node,
+    *,
+    ranks_fall: bool = False,
 ) -> Any:
-    """The optimizer's state after it was told of an epoch's validation loss; the same one if no schedule wants to know.
+    """The optimizer's state after an epoch; the same one if no schedule wants to know of it.
 
     Args:
       optimizer: the options.
       opt_state: of :func:`build_descent` or :func:`build_optimizer`.
-      validation_loss: mean over the images held out.
+      validation_loss: mean over the images held out; ``None`` without any.
       place: puts what changed where the state is.
+      ranks_fall: whether a budget is yet to be reached. A loss that rises then says that weights went, not that the rate is
+        too high, so a plateau begins anew.
     """
-    if optimizer.schedule != "plateau" or optimizer.plateau_of != "validation":
+    if optimizer.schedule != "plateau" or not (ranks_fall or optimizer.plateau_of == "validation"):
         return opt_state
 
     def look(node: Any) -> Any:
         if not _is_plateau(node):
             return node
-        value = jnp.asarray(validation_loss, node.best_value.dtype)
-        after = _plateau(optimizer).update({}, jax.device_get(node), value=value)[1]
+        if ranks_fall:
+            after = _plateau(optimizer).init(node.scale)._replace(scale=node.scale)
+        else:
+            value = jnp.asarray(validation_loss, node.best_value.dtype)
+            after = _plateau(optimizer).update({}, jax.device_get(node), value=value)[1]
         return place(jax.tree.map(lambda new, old: new.astype(old.dtype), after, node))
 
     return jax.tree.map(look, opt_state, is_leaf=_is_plateau)

@@ -282,9 +282,14 @@ class Training:
             self.console.print(pressing_note(record, self.config.tdlrt.resize), soft_wrap=True, highlight=False)
         if writer is not None:
             writer.scalars(scalars(record), record["step"])
-        if (loss := record.get("validation_loss")) is not None:
-            after = after_epoch(self.config.optimizer, self.state.opt_state, loss, self._place)
-            self.state = self.state._replace(opt_state=after)
+        after = after_epoch(
+            self.config.optimizer,
+            self.state.opt_state,
+            record.get("validation_loss"),
+            self._place,
+            ranks_fall=self._ranks_fall(),
+        )
+        self.state = self.state._replace(opt_state=after)
         if self.adaptive and self.config.tdlrt.resize:
             here = self._here() if jax.default_backend() == "cpu" else self._on_the_host()
             with on_the_host():
@@ -304,13 +309,21 @@ class Training:
         self._save()
         give_back()
 
+    def _falling_steps(self) -> int | None:
+        """Steps until a budget is reached, or ranks are frozen; ``None`` without one."""
+        return falling_steps(self.config.tdlrt, self.config.optimizer.epochs, self.steps_per_epoch)
+
+    def _ranks_fall(self) -> bool:
+        """Whether a budget is yet to be reached at the end of this epoch."""
+        falling = self._falling_steps() if self.adaptive else None
+        return falling is not None and (self.epoch + 1) * self.steps_per_epoch < falling
+
     def _sizes_to_come(self) -> dict[str, Any]:
         """Whether ranks have settled, and for how long arrays would have the sizes that they get at the end of this epoch."""
-        config = self.config
-        taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, config.epochs))
-        falling = falling_steps(config.tdlrt, config.optimizer.epochs, self.steps_per_epoch)
+        taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, self.config.epochs))
+        falling = self._falling_steps()
         return {
-            "settled": falling is not None and taken >= falling,
+            "settled": falling is not None and not self._ranks_fall(),
             "steps_left": steps_at_new_sizes(taken, last, falling),
         }
 

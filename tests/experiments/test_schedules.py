@@ -52,6 +52,44 @@ def test_a_run_lowers_its_rate_by_the_validation_loss(tmp_path, method):
     np.testing.assert_allclose(rates, [1e-7, 1e-7, 1e-8, 1e-9], rtol=1e-5)
 
 
+@pytest.mark.parametrize("plateau_of", ["training", "validation"])
+def test_a_plateau_begins_where_ranks_have_fallen(plateau_of):
+    """Losses that rise while ranks fall count as neither the best nor without a better one; a rate lowered before stays."""
+    config = OptimizerConfig(learning_rate=0.5, momentum=0.0, schedule="plateau", patience=2, plateau_of=plateau_of)
+    tx, params, rates = build_descent(config, 2), {"bias": jnp.zeros(2)}, []
+    state = tx.init(params)
+    losses = [1.0, 1.5, 2.0, 2.5, 2.4, 2.4, 2.4]  # the first four while ranks fall
+    for epoch, loss in enumerate(losses):
+        for _ in range(2):
+            _, state = tx.update({"bias": jnp.ones(2)}, state, params, value=jnp.float32(loss))
+        after = after_epoch(config, state, loss, ranks_fall=epoch < 4)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        state = after
+        rates.append(learning_rate(config, 2, 0, state))
+    np.testing.assert_allclose(rates, [0.5] * 6 + [0.05], rtol=1e-5)
+    again = after_epoch(config, state, 1.0, ranks_fall=True)
+    assert learning_rate(config, 2, 0, again) == rates[-1]
+
+
+def test_a_run_keeps_its_rate_while_a_budget_is_not_reached(tmp_path):
+    """Nothing is learned in steps so small: the first epoch with the budget sets the best loss, the next one lowers the rate."""
+    options = [
+        *TUCKER,
+        "--schedule",
+        "plateau",
+        "--plateau-of",
+        "validation",
+        "--patience",
+        "1",
+        "--learning-rate",
+        "1e-7",
+    ]
+    options += ["--budget", "0.9", "--budget-epochs", "3", "--epochs", "5"]
+    assert run(*options, "--run-dir", tmp_path / "run") == 0
+    rates = [record["learning_rate"] for record in lines(tmp_path / "run")]
+    np.testing.assert_allclose(rates, [1e-7, 1e-7, 1e-7, 1e-7, 1e-8], rtol=1e-5)
+
+
 def test_other_losses_leave_the_state_of_other_schedules():
     for config in (OptimizerConfig(), OptimizerConfig(schedule="plateau")):
         state = build_descent(config, 3).init({"bias": jnp.zeros(2)})
