@@ -384,7 +384,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
         expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum", "patience"}
-        adaptive = {"adapt_every", "bases_between", "initialization", "budget_importance", "rank"}
+        adaptive = {"adapt_every", "bases_between", "initialization", "budget_importance", "budget_epochs", "rank"}
         expected |= {
             "imp": {"rounds"},
             "tdlrt": adaptive | {"least_rank"},
