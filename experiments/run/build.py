@@ -262,12 +262,13 @@ def after_epoch(
     def look(node: Any) -> Any:
         if not _is_plateau(node):
             return node
+        before, plateau = jax.device_get(node), _plateau(optimizer)
         if ranks_fall:
-            after = _plateau(optimizer).init(node.scale)._replace(scale=node.scale)
+            after = plateau.init(before.scale)._replace(scale=before.scale)
         else:
-            value = jnp.asarray(validation_loss, node.best_value.dtype)
-            after = _plateau(optimizer).update({}, jax.device_get(node), value=value)[1]
-        return place(jax.tree.map(lambda new, old: new.astype(old.dtype), after, node))
+            value = jnp.asarray(validation_loss, before.best_value.dtype)
+            after = plateau.update({}, before, value=value)[1]
+        return place(jax.tree.map(lambda new, old: new.astype(old.dtype), after, before))
 
     return jax.tree.map(look, opt_state, is_leaf=_is_plateau)
 

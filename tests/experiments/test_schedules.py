@@ -73,18 +73,8 @@ def test_a_plateau_begins_where_ranks_have_fallen(plateau_of):
 
 def test_a_run_keeps_its_rate_while_a_budget_is_not_reached(tmp_path):
     """Nothing is learned in steps so small: the first epoch with the budget sets the best loss, the next one lowers the rate."""
-    options = [
-        *TUCKER,
-        "--schedule",
-        "plateau",
-        "--plateau-of",
-        "validation",
-        "--patience",
-        "1",
-        "--learning-rate",
-        "1e-7",
-    ]
-    options += ["--budget", "0.9", "--budget-epochs", "3", "--epochs", "5"]
+    options = [*TUCKER, "--schedule", "plateau", "--plateau-of", "validation", "--patience", "1"]
+    options += ["--learning-rate", "1e-7", "--epochs", "5", "--budget", "0.9", "--budget-epochs", "3"]
     assert run(*options, "--run-dir", tmp_path / "run") == 0
     rates = [record["learning_rate"] for record in lines(tmp_path / "run")]
     np.testing.assert_allclose(rates, [1e-7, 1e-7, 1e-7, 1e-7, 1e-8], rtol=1e-5)
