@@ -9,7 +9,7 @@ from experiments.run.metrics import layer_name
 from experiments.run.programs import TrainState
 from tdlrt_jax.capacity import COMPILATION_STEPS, HEADROOM, full_kernels
 
-__all__ = ["fit_arrays", "full_layers", "pressing_note", "steps_at_new_sizes"]
+__all__ = ["fit_arrays", "full_layers", "pressing_note"]
 
 # After a budget was reached no rank moved by more than one, in up to 55 epochs (experiments/results/importance, width).
 _SETTLED_HEADROOM = 1.1
@@ -60,23 +60,6 @@ def fit_arrays(
         return state
     params, opt_state = (tdlrt_jax.resize(tree, wanted) for tree in (state.params, state.opt_state))
     return state._replace(params=params, opt_state=opt_state)
-
-
-def steps_at_new_sizes(step: int, last: int, falling: int | None) -> int:
-    """How many steps arrays are good for that fit the ranks now: all that are left, or those for which a budget lets ranks fall.
-
-    Until then ranks fall, and the arrays would follow them once more there.
-
-    Args:
-      step: the steps taken.
-      last: all steps of the run.
-      falling: the step after which a budget no longer makes ranks fall, if there is one.
-
-    Example:
-      >>> steps_at_new_sizes(100, 1000, 300), steps_at_new_sizes(300, 1000, 300), steps_at_new_sizes(100, 1000, None)
-      (200, 700, 900)
-    """
-    return (last if falling is None or step >= falling else min(falling, last)) - step
 
 
 def _bounds(params: Any, max_rank: int | None) -> dict[str, list[int]] | None:

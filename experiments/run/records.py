@@ -31,11 +31,25 @@ class Sums:
         """A point of the curve over steps: the test images now, and the training images since the last point."""
         now = {"steps": self.taken, "loss": self.loss, "correct": self.correct}
         before = self.curve[-1]["sums"] if self.curve else dict.fromkeys(now, 0)
-        steps, loss, hits = (now[name] - before[name] for name in now)
-        steps = max(steps, 1)  # where all were left out
-        train = {"train_loss": loss / steps, "train_accuracy": hits / (steps * batch_size)}
+        train = _means(
+            self.taken - before["steps"], self.loss - before["loss"], self.correct - before["correct"], batch_size
+        )
         point = {"step": step, **train, "test_loss": test_loss, "test_accuracy": test_accuracy}
         self.curve.append({**point, "sums": now})
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        """Loss and accuracy of the epoch's training images."""
+        return _means(self.taken, self.loss, self.correct, batch_size)
+
+    def counts(self) -> dict[str, Any]:
+        """Steps that were out of the ordinary, time and compilations."""
+        return {
+            "pressing_steps": self.pressing_steps,
+            "skipped_steps": self.skipped,
+            "seconds": self.seconds,
+            "compilations": self.compilations,
+            "compile_seconds": self.compile_seconds,
+        }
 
     @property
     def taken(self) -> int:
@@ -46,6 +60,11 @@ class Sums:
     def points(self) -> list[dict[str, Any]]:
         """The curve as it is published."""
         return [{name: value for name, value in point.items() if name != "sums"} for point in self.curve]
+
+
+def _means(steps: int, loss: float, correct: int, batch_size: int) -> dict[str, float]:
+    steps = max(steps, 1)  # where all were left out
+    return {"train_loss": loss / steps, "train_accuracy": correct / (steps * batch_size)}
 
 
 def network_record(params: Any, summary: list[Layer]) -> dict[str, Any]:

@@ -18,19 +18,18 @@ from rich.console import Console
 
 from experiments.config import TrainConfig
 from experiments.run import data
-from experiments.run.arrays import fit_arrays, full_layers, pressing_note, steps_at_new_sizes
+from experiments.run.arrays import fit_arrays, full_layers, pressing_note
 from experiments.run.batches import DeviceImages, epoch_order, to_device, transform_of
 from experiments.run.build import (
     after_epoch,
     build_descent,
     build_model,
     build_optimizer,
-    falling_steps,
     kinds_of,
     learning_rate,
 )
 from experiments.run.devices import ONE_DEVICE, Devices, on_the_host, onto_the_device
-from experiments.run.directory import RunDirectory, RunDirectoryError
+from experiments.run.directory import RunDirectory
 from experiments.run.display import Display
 from experiments.run.endings import Ending, NotFiniteError, Outcome
 from experiments.run.events import EventFile
@@ -40,6 +39,8 @@ from experiments.run.metrics import Layer, layers, singular_values
 from experiments.run.programs import Programs, StepReport, TrainState, build_programs
 from experiments.run.pruning import Pruning
 from experiments.run.records import Sums, network_record, scalars, truncation_record
+from experiments.run.restoring import restore_last_good
+from experiments.run.timetable import Timetable
 from tdlrt_jax import checkpoint
 from tdlrt_jax.capacity import array_bytes
 from tdlrt_jax.status import RANK_AT_CAPACITY
@@ -79,6 +80,7 @@ class Training:
             raise ValueError(f"--batch-size {batch}: there are only {count} training images")
         self.loaded = loaded
         self.steps_per_epoch = count // batch
+        self.timetable = Timetable(config, self.steps_per_epoch)
         self.train = to_device(loaded.train)
         self.adaptive = config.model.parts.adaptive
         self.pruning: Pruning | None = None
@@ -172,14 +174,15 @@ class Training:
         )
         order = self.devices.replicate(order)
         epoch, under_way = np.int32(self.epoch), collections.deque[UnderWay]()
-        between = (self.config.run.evaluate_every, self.config.run.save_every)
         mark = self._mark()
         try:
             while (step := self.sums.steps + sum(call.steps for call in under_way)) < self.steps_per_epoch:
                 heard = self._heard()
                 if self.stop is not None:
                     break
-                whole, count = self._next(step)
+                whole, count = self.timetable.next_steps(
+                    self.epoch * self.steps_per_epoch + step, self.programs.at_once
+                )
                 self.state, report = self.programs.train_several(
                     self.state, self.train, order, epoch, np.int32(step), count, whole=whole
                 )
@@ -188,7 +191,7 @@ class Training:
                     self._read(under_way, display)
                 step += count
                 done = self.epoch * self.steps_per_epoch + step
-                evaluate, save = (every is not None and done % every == 0 for every in between)
+                evaluate, save = self.timetable.is_evaluated(done), self.timetable.is_saved(done)
                 while under_way and (evaluate or save or step == self.steps_per_epoch):
                     self._read(under_way, display)
                 if self.sums.steps == step:  # else steps are to be taken again
@@ -203,17 +206,6 @@ class Training:
         finally:
             self._count_since(mark)
         return self.sums.steps == self.steps_per_epoch
-
-    def _next(self, step: int) -> tuple[bool, int]:
-        """Of what kind an epoch's next step is, whole or one in between, and how many of that kind one call takes."""
-        every, start = self.config.tdlrt.adapt_every, self.epoch * self.steps_per_epoch
-        whole = (start + step) % every == 0
-        count = min(self.programs.at_once, self.steps_per_epoch - step)
-        if self.config.tdlrt.between is not None:
-            count = 1 if whole else min(count, every - (start + step) % every)
-        for stop in (self.config.run.evaluate_every, self.config.run.save_every):
-            count = count if stop is None else min(count, stop - (start + step) % stop)
-        return whole, count
 
     def _mark(self) -> tuple[float, int, float]:
         return time.monotonic(), self.programs.compilations, self.programs.compile_seconds
@@ -287,7 +279,7 @@ class Training:
             self.state.opt_state,
             record.get("validation_loss"),
             self._place,
-            ranks_fall=self._ranks_fall(),
+            ranks_fall=self.timetable.ranks_fall(self._global_step()),
         )
         self.state = self.state._replace(opt_state=after)
         if self.adaptive and self.config.tdlrt.resize:
@@ -297,7 +289,8 @@ class Training:
                     here,
                     self.config.tdlrt.max_rank,
                     grow=self.sums.pressing_steps > 0,
-                    **self._sizes_to_come(),
+                    settled=self.timetable.ranks_have_settled(self._global_step()),
+                    steps_left=self.timetable.steps_at_new_sizes(self._global_step()),
                     compilation_steps=self.config.tdlrt.compilation_steps,
                 )
             if fitted is not here:
@@ -308,24 +301,6 @@ class Training:
             self._close_round(self.pruning)
         self._save()
         give_back()
-
-    def _falling_steps(self) -> int | None:
-        """Steps until a budget is reached, or ranks are frozen; ``None`` without one."""
-        return falling_steps(self.config.tdlrt, self.config.optimizer.epochs, self.steps_per_epoch)
-
-    def _ranks_fall(self) -> bool:
-        """Whether a budget is yet to be reached at the end of this epoch."""
-        falling = self._falling_steps() if self.adaptive else None
-        return falling is not None and (self.epoch + 1) * self.steps_per_epoch < falling
-
-    def _sizes_to_come(self) -> dict[str, Any]:
-        """Whether ranks have settled, and for how long arrays would have the sizes that they get at the end of this epoch."""
-        taken, last = ((epochs * self.steps_per_epoch) for epochs in (self.epoch + 1, self.config.epochs))
-        falling = self._falling_steps()
-        return {
-            "settled": falling is not None and not self._ranks_fall(),
-            "steps_left": steps_at_new_sizes(taken, last, falling),
-        }
 
     def _close_round(self, pruning: Pruning) -> None:
         """Where a round of ``imp`` ends: prunes, rewinds, and starts the next one."""
@@ -343,13 +318,10 @@ class Training:
 
     def _record(self) -> dict[str, Any]:
         started = time.monotonic()
-        taken = max(self.sums.taken, 1)  # where all were left out
-        images = taken * self.config.optimizer.batch_size
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self._global_step(),
-            "train_loss": self.sums.loss / taken,
-            "train_accuracy": self.sums.correct / images,
+            **self.sums.means(self.config.optimizer.batch_size),
         }
         for name, images_ in self.held_out.items():
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.programs.evaluate(self.state, images_)
@@ -366,12 +338,8 @@ class Training:
             "learning_rate": rate,
             # Layers whose ranks fill their arrays, if a step reported one that would be higher; and how many steps did.
             "pressing": full,
-            "pressing_steps": self.sums.pressing_steps,
-            "skipped_steps": self.sums.skipped,
-            "seconds": self.sums.seconds,
+            **self.sums.counts(),
             "evaluation_seconds": time.monotonic() - started,
-            "compilations": self.sums.compilations,
-            "compile_seconds": self.sums.compile_seconds,
             # Of the step just compiled, and of what training keeps on the device between steps.
             "step_memory": dict(self.programs.memory),
             "state_bytes": array_bytes((here.params, here.opt_state)),
@@ -430,7 +398,12 @@ class Training:
 
     def _restore(self) -> None:
         """Continues from the last checkpoint that is not damaged; a run stopped before its first one starts anew."""
-        metadata = self._restore_last_good()
+        metadata = restore_last_good(
+            self.directory,
+            lambda step: self.restore_state(self.directory.checkpoints, step),
+            self.devices,
+            self.console,
+        )
         if metadata is not None:
             self.epoch, self.sums = metadata["epoch"], Sums(**metadata["sums"])
             self.status = metadata.get("status", 0)  # not in checkpoints of earlier versions
@@ -440,33 +413,6 @@ class Training:
                 self.directory.write_history(self.history)
             else:  # a checkpoint of an earlier version
                 self.history = self.directory.cut_history(self.epoch)
-
-    def _restore_last_good(self) -> dict[str, Any] | None:
-        """Restores the last checkpoint that is not damaged, puts those after it aside, and returns what was saved with it.
-
-        Raises:
-          RunDirectoryError: if there are checkpoints, and all of them are damaged.
-        """
-        damaged: dict[int, checkpoint.DamagedError] = {}
-        metadata = None
-        steps = checkpoint.all_steps(self.directory.checkpoints)
-        for step in reversed(steps):
-            try:
-                metadata = self.restore_state(self.directory.checkpoints, step)
-                break
-            except checkpoint.DamagedError as error:
-                damaged[step] = error
-        if steps and metadata is None:
-            problems = "\n".join(f"  {problem}" for problem in damaged.values())
-            raise RunDirectoryError(
-                f"no checkpoint of {self.directory.path} can be read:\n{problems}\n"
-                "Start the run anew in another --run-dir. Nothing was changed"
-            )
-        self.devices.wait()  # until all processes have read
-        for step, problem in damaged.items():
-            aside = f"Kept as {self.directory.put_aside(f'checkpoints/{step}')}" if self.devices.leads else ""
-            self.console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
-        return metadata
 
     # Ends.
 

@@ -1,0 +1,53 @@
+"""Going on from the last checkpoint that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from experiments.run.devices import Devices
+from experiments.run.directory import RunDirectory, RunDirectoryError
+from tdlrt_jax import checkpoint
+
+__all__ = ["restore_last_good"]
+
+
+def restore_last_good(
+    directory: RunDirectory, restore: Callable[[int], dict[str, Any]], devices: Devices, console: Console
+) -> dict[str, Any] | None:
+    """Restores the last checkpoint of a run that is not damaged, and puts those after it aside.
+
+    Args:
+      directory: of the run.
+      restore: takes the checkpoint after so many steps and returns what was saved with it, or raises
+        :class:`~tdlrt_jax.checkpoint.DamagedError`.
+      devices, console: of the run.
+
+    Returns:
+      What ``restore`` returned; ``None`` where there is no checkpoint.
+
+    Raises:
+      RunDirectoryError: if there are checkpoints, and all of them are damaged.
+    """
+    damaged: dict[int, checkpoint.DamagedError] = {}
+    metadata = None
+    steps = checkpoint.all_steps(directory.checkpoints)
+    for step in reversed(steps):
+        try:
+            metadata = restore(step)
+            break
+        except checkpoint.DamagedError as error:
+            damaged[step] = error
+    if steps and metadata is None:
+        problems = "\n".join(f"  {problem}" for problem in damaged.values())
+        raise RunDirectoryError(
+            f"no checkpoint of {directory.path} can be read:\n{problems}\n"
+            "Start the run anew in another --run-dir. Nothing was changed"
+        )
+    devices.wait()  # until all processes have read
+    for step, problem in damaged.items():
+        aside = f"Kept as {directory.put_aside(f'checkpoints/{step}')}" if devices.leads else ""
+        console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
+    return metadata
