@@ -1,41 +1,34 @@
-"""Data-parallel training on JAX's own engine: the batch over the devices of a mesh, everything else on all of them.
+"""What runs in processes of its own, with eight host devices or in two processes of two each, and prints JSON.
 
-Devices must be made before JAX starts: the functions of the first half run in processes of their own, with eight host devices or
-two processes of two each, and print JSON.
+Devices must be made before JAX starts, so a test cannot do it in its process: see :mod:`tests.many_devices.processes`.
 """
 
 import hashlib
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tdlrt_jax
 from benchmarks.communication import collectives
 from experiments import train
-from experiments.config import DeviceConfig, TrainConfig, from_json
-from experiments.run import batches, plots
+from experiments.config import DeviceConfig
+from experiments.run import plots
 from experiments.run.devices import join_processes, take_devices
 from experiments.run.display import Display
 from tdlrt_jax import checkpoint, models
 from tdlrt_jax.nn import TuckerConv
 from tdlrt_jax.paths import kernel_paths
 from tests.helpers import dense64
+from tests.many_devices.processes import DEVICES, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVICES, STEPS, IMAGES = 8, 50, 16
+STEPS, IMAGES = 50, 16
 INTEGRATORS = ("bug", "parallel", "fixed_rank")
 # Of the kernels and the loss over all steps, relative.
 SAME = {"float32": 1e-5, "float64": 1e-10}
@@ -284,157 +277,6 @@ def job(interrupted, *arguments):
     sys.exit(train.main(list(arguments)))
 
 
-# What is tested.
-
-
-def start(code, *arguments, devices=DEVICES):
-    """A fresh process with that many host devices and this module at hand as ``t``."""
-    command = [sys.executable, "-c", f"import sys; from tests import test_many_devices as t; {code}"]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes, code=0, timeout=500):
-    """What they print, once all have ended with that exit code; nothing outlives this."""
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (out, err) in zip(processes, outputs):
-        assert process.returncode == code, out[-3000:] + err[-3000:]
-    return [out for out, _ in outputs]
-
-
-def last_line(output):
-    return json.loads(output.strip().splitlines()[-1])
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def on_eight():
-    return last_line(*finish(start("t.eight_devices()")))
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """What two processes found, and where they saved."""
-    directory, port = tmp_path_factory.mktemp("checkpoints"), free_port()
-    code = "t.two_processes(int(sys.argv[1]), *sys.argv[2:])"
-    processes = [start(code, index, port, directory, devices=2) for index in range(2)]
-    return [last_line(output) for output in finish(*processes)], directory
-
-
-def check_trajectory(found, dtype):
-    assert found["kernels"] < SAME[dtype] and found["loss"] < SAME[dtype]
-    assert found["same_ranks"] and found["alike"]
-    assert len(found["ranks"]) == STEPS
-
-
-@pytest.mark.parametrize("dtype", SAME)
-@pytest.mark.parametrize("integrator", INTEGRATORS)
-def test_eight_devices_follow_one(on_eight, integrator, dtype):
-    """Kernels, losses and ranks over fifty steps; every device holds the same bits."""
-    found = on_eight[f"{integrator} {dtype}"]
-    check_trajectory(found, dtype)
-    if integrator != "fixed_rank":
-        assert len({str(ranks) for ranks in found["ranks"]}) >= 3, "they fall on the way"
-
-
-@pytest.mark.parametrize("integrator", INTEGRATORS)
-def test_nothing_but_sums_is_exchanged(on_eight, integrator):
-    """No activation is gathered, in the one-pass second gradient neither; the sums travel together."""
-    found = on_eight[f"{integrator} float32"]["collectives"]
-    assert list(found) == ["all-reduce"] and found["all-reduce"] <= (3 if integrator != "fixed_rank" else 6)
-
-
-def test_rows_of_large_factors_may_be_spread(on_eight):
-    assert on_eight["spread"]["deviation"] < SAME["float32"]
-    assert on_eight["spread"]["rows"] == [2, 2], "a quarter of the eight on each of four devices, before and after"
-
-
-def test_every_network_takes_the_same_step_on_eight_devices():
-    """Statistics of BatchNorm are those of the whole batch."""
-    found = last_line(*finish(start("t.networks()")))
-    assert found.keys() == NETWORKS.keys()
-    for name, step in found.items():
-        assert step["loss"] < 1e-5 and step["kernels"] < 1e-5 and step["same_ranks"] and step["alike"], name
-        assert all(deviation < 1e-5 for deviation in step["statistics"]), name
-        assert step["statistics"] and step["tucker"] >= 1
-
-
-@pytest.mark.parametrize("dtype", SAME)
-def test_two_processes_follow_one_device(of_two, dtype):
-    found, _ = of_two
-    assert [result["devices"] for result in found] == ["4 devices of 2 processes"] * 2
-    check_trajectory(found[0][dtype], dtype)
-    assert found[0][dtype]["alike"] and found[1][dtype]["alike"]
-    assert found[0][dtype]["digest"] == found[1][dtype]["digest"]
-
-
-def test_a_checkpoint_of_two_processes_is_written_once_and_restored_on_other_devices(of_two):
-    found, directory = of_two
-    assert [result["steps"] for result in found] == [[STEPS], [STEPS]] and checkpoint.all_steps(directory) == [STEPS]
-    assert [path.name for path in directory.iterdir()] == [str(STEPS)]
-    (restored,) = finish(start("t.restore_everywhere(*sys.argv[1:])", directory))
-    expected = {"digest": found[0]["float32"]["digest"], "metadata": {"process": 0}}
-    assert last_line(restored) == dict.fromkeys(("1", "2", "8"), expected)
-
-
-JOB = ["--limit", "192", "--batch-size", "8", "--epochs", "1", "--no-linear", "--spatial", "whole", "--rank", "12"]
-JOB += ["--tau", "0.6", "--integrator", "parallel", "--spare", "0", "--learning-rate", "0.002"]
-
-
-def epochs_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_the_job_of_two_processes_is_interrupted_and_resumed_on_eight_devices(tmp_path, monkeypatch):
-    """The second process alone hears the signal, both end, one has written; it ends as the run on one device did."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    together = [*JOB, "--run-dir", parts, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
-    code = "t.job(int(sys.argv[1]), *sys.argv[2:])"
-    processes = [start(code, (-1, 2)[index], *together, "--process", index, devices=2) for index in range(2)]
-    finish(*processes, code=143)
-    (saved,) = checkpoint.all_steps(parts / "checkpoints")
-    assert 2 < saved < 24 and not (parts / "metrics.jsonl").exists()
-    assert len(list((parts / "tensorboard").iterdir())) == 1
-    resumed = [*JOB, "--run-dir", parts, "--resume", "--devices", DEVICES]
-    finish(start(code, -1, *resumed), start(code, -1, *JOB, "--run-dir", whole))
-
-    (ours,), (theirs,) = epochs_of(parts), epochs_of(whole)
-    assert all(ours[name] == theirs[name] for name in ("step", "ranks", "train_accuracy"))
-    for name in ("train_loss", "test_loss"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    shapes = [kernel_shapes(directory) for directory in (parts, whole)]
-    assert shapes[0] == shapes[1] and shapes[0]["conv2"][-2:] != [12, 12], "arrays have shrunk at the epoch's end"
-    assert json.loads((parts / "result.json").read_text())["final"]["step"] == 24
-
-
-def kernel_shapes(directory):
-    """The sizes of the cores in a run's last checkpoint, by layer."""
-    with ocp.CheckpointManager(directory / "checkpoints", item_names=("arrays", "description")) as manager:
-        arrays = manager.restore(24, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))["arrays"]
-    return {
-        name.split("/")[1]: list(array.shape)
-        for name, array in arrays.items()
-        if name.startswith("params/") and name.endswith("/core")
-    }
-
-
 def docs_example():
     """The code of the page about many devices."""
     page = (ROOT / "docs" / "scaling.md").read_text()
@@ -442,49 +284,3 @@ def docs_example():
     exec(page.split("```python\n")[1].split("```")[0], names)
     assert names["mesh"].size == DEVICES and float(names["info"].loss) > 0
     print(json.dumps(len(names["params"]["w"].core.addressable_shards)))
-
-
-def test_the_example_of_the_documentation_runs():
-    assert last_line(*finish(start("t.docs_example()"))) == DEVICES
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (
-            {"devices": 512},
-            "XLA_FLAGS=--xla_force_host_platform_device_count=512",
-        ),
-        ({"devices": 0}, "--devices 0: expected a number at least 1"),
-        ({"process": 1}, "--process 1: say with --coordinator where the first process is"),
-        ({"coordinator": "localhost"}, "--coordinator localhost: expected HOST:PORT, such as 127.0.0.1:1234, or auto"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process 2: expected less than the 2 of --processes"),
-    ],
-)
-def test_options_that_cannot_work_name_the_remedy(options, words):
-    with pytest.raises(ValueError, match=words):
-        take_devices(DeviceConfig(**options), 64)
-
-
-def test_several_processes_need_one_directory():
-    with pytest.raises(ValueError, match="--coordinator: name the directory of the run"):
-        TrainConfig(device=DeviceConfig(coordinator="127.0.0.1:1", processes=2, process=0))
-
-
-def test_a_batch_that_devices_cannot_share_names_those_they_can():
-    process = start("t.job(-1, *sys.argv[1:])", "--batch-size", "30", "--devices", 8)
-    assert process.communicate(timeout=100)[1].endswith(
-        "error: --batch-size 30: 8 devices cannot share it evenly; take 24 or 32\n"
-    )
-    assert process.returncode == 2
-
-
-def test_devices_are_no_part_of_what_is_computed():
-    """A run is the same run on others."""
-    options = TrainConfig(device=DeviceConfig(devices=4)).to_json()
-    assert options["devices"] == 4 and from_json(options).device.devices == 4
-
-
-def test_evaluation_batches_are_shared_evenly():
-    indices, weights = batches.evaluation_batches(30, 500, multiple=8)
-    assert indices.shape == (1, 32) and weights.sum() == 30 and set(indices[0]) == set(range(30))
