@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grids.tables import costs, final, table
+from experiments.grids.tables import costs, final, options_of, table
 from experiments.methods import METHODS
 from experiments.schema import check_result
 from experiments.sealed import read_sealed
@@ -28,7 +28,7 @@ ACCURACIES = {"train": "training accuracy [%]", "validation": "validation [%]", 
 
 
 def rows(*paths: Path) -> list[dict[str, Any]]:
-    """One row a configuration, by descending test accuracy; accuracies and compressions in percent.
+    """One row a configuration, by descending test accuracy; accuracies and compressions in percent, weights in all.
 
     Args:
       *paths: of results, or of directories, of which every ``*.json`` is one.
@@ -51,6 +51,7 @@ def rows(*paths: Path) -> list[dict[str, Any]]:
         options = json.loads(key)
         found.append(
             {
+                "options": options_of(results[0]),
                 "method": method_name(options),
                 "tau": asked(options),
                 "epochs": options["epochs"],
@@ -58,6 +59,7 @@ def rows(*paths: Path) -> list[dict[str, Any]]:
                 **{name: final(results, f"{name}_accuracy") for name in ACCURACIES},
                 "all": final(results, "compression_all"),
                 "convolutions": final(results, "compression_conv"),
+                "weights": final(results, "weights", factor=1.0),
                 "hardware": results[0]["hardware"],
                 **_costs(results),
             }
@@ -115,7 +117,7 @@ def asked(options: Mapping[str, Any]) -> float | str | None:
 
 def _costs(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Time and memory, of results that record them: a step's median over the epochs, without compiling; MiB at the end."""
-    if not all("step_memory" in record for result in results for record in result["epochs"]):
+    if not all(result["epochs"] and all("step_memory" in record for record in result["epochs"]) for result in results):
         return {}
     found = costs(results)
     return {"seconds": found.step, "peak": found.last_peak, "state": found.state}

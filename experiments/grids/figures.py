@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from experiments.grids.tables import Statistic
 
@@ -22,6 +22,7 @@ __all__ = [
     "plot_robustness",
     "plot_tolerance",
     "plot_tradeoff",
+    "plot_widths",
 ]
 
 _MARKERS = "osD^vPX*"
@@ -213,6 +214,32 @@ def plot_footprint(
             axes.set(title=f"{network}: {title}", xlabel="compression of the convolutions [%]")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
+    _legend_below(figure)
+    return figure
+
+
+def plot_widths(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]]) -> Figure:
+    """Accuracy over the number of weights, a line a method and a point a width, a panel a network.
+
+    Args:
+      panels: weights, accuracy in percent and what is written beside the point, by network and method.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    methods = list(dict.fromkeys(method for shown in panels.values() for method in shown))
+    methods.sort(key=lambda method: method != "dense")
+    for axes, (network, shown) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels.items()):
+        for method, points in shown.items():
+            ordered = sorted(points)
+            axes.plot(*zip(*[point[:2] for point in ordered]), label=method, **_style(methods.index(method)))
+            # Of several points at one width the highest is named.
+            highest = {text: (w, a) for w, a, text in sorted(points, key=lambda point: point[1])}
+            for text, place in highest.items():
+                axes.annotate(text, place, (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(title=network, xscale="log", xlabel="weights", ylabel="test accuracy [%]")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.margins(0.1, 0.12)
+        axes.grid(alpha=0.3, which="both")
     _legend_below(figure)
     return figure
 
