@@ -1,7 +1,7 @@
 """One step of all kernels of a network: inner updates, integrators and transport in the order of Algorithm 1.
 
-The mathematics of one kernel is in ``integrators`` and ``transport``; here it is mapped over the network between the two gradient
-evaluations, with one inner state for all of it.
+The mathematics of one kernel is in ``integrators``; here it is mapped over the network between the two gradient evaluations, with
+one inner state for all of it, which ``moments`` carries along.
 """
 
 from __future__ import annotations
@@ -17,20 +17,12 @@ from jax import Array
 from tdlrt_jax.batching import map_batched, map_light
 from tdlrt_jax.frame import Frame, chart_point, core_frame, entries_in_use, lift_all
 from tdlrt_jax.inspection import all_finite
-from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all, unchanged
+from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all
 from tdlrt_jax.integrators import embed as embed_step
+from tdlrt_jax.moments import NetworkMoments
 from tdlrt_jax.paths import KernelTree, flatten_kernels, path_name
 from tdlrt_jax.ranks import RankPolicy, max_capacity, per_mode
-from tdlrt_jax.transport import (
-    Kind,
-    Moment,
-    core_moment,
-    embed_moment,
-    find_moments,
-    transport_moment,
-    transport_turned,
-    turn_moment,
-)
+from tdlrt_jax.transport import Kind
 from tdlrt_jax.tucker import (
     HIGHEST,
     ModeArray,
@@ -40,7 +32,6 @@ from tdlrt_jax.tucker import (
     is_tucker,
     kernel_shape,
     rank_of,
-    whole_sizes,
 )
 
 __all__ = ["NetworkStep", "StepOutcome"]
@@ -77,9 +68,8 @@ class NetworkStep(NamedTuple):
     fields: Mapping[str, Kind] | None  # how unusual moments transform
 
     @property
-    def _apart(self) -> list[tuple]:
-        """What :func:`map_batched` has to leave as it is."""
-        return [whole_sizes(kernel) for kernel in self.tree.kernels]
+    def _moments(self) -> NetworkMoments:
+        return NetworkMoments(self.tree, self.fields)
 
     def align(self, grads: Any) -> list[Any]:
         """The nodes of a gradient tree in the order of the parameters'; raises ``ValueError`` naming one that is missing."""
@@ -113,11 +103,11 @@ class NetworkStep(NamedTuple):
         steps = self.tree.pick(nodes)
         with jax.named_scope("tdlrt.augment"):
             bases = augment_all(frames, steps)
-            points = map_batched(scheme.basis_step, bases, steps, apart=self._apart)
+            points = map_batched(scheme.basis_step, bases, steps, apart=self.tree.whole_sizes)
         if scheme.evaluations == 1:
             after_last, finite = after_first, jnp.ones((), bool)
             with jax.named_scope("tdlrt.augment"):
-                increments = map_batched(embed_step, steps, bases, apart=self._apart)
+                increments = map_batched(embed_step, steps, bases, apart=self.tree.whole_sizes)
         else:
             assert value_and_grad_fn is not None
             if scheme.same_network:  # a pass through the network may then be spared, see galerkin
@@ -143,13 +133,21 @@ class NetworkStep(NamedTuple):
         ]
         # How large a sketch is depends on the sizes, zeros included.
         sketched = any(policy.route == "randomized" for policy in policies)
-        apart = None if sketched else self._apart
+        apart = None if sketched else self.tree.whole_sizes
         with jax.named_scope("tdlrt.truncate"):
             results = map_batched(core_step, bases, points, increments, traced, static=policies, apart=apart)
         moved, updates = [m for m, _ in results], [update for _, update in results]
         return StepOutcome(
             updates=self.tree.replace(updates, nodes),
-            inner=self._transport(scheme, after_first, after_last, bases, points, moved, self._frames_after(updates)),
+            inner=self._moments.transported(
+                after_first,
+                after_last,
+                bases,
+                points,
+                moved,
+                self._frames_after(updates),
+                evaluations=scheme.evaluations,
+            ),
             rank=[m.rank for m in moved],
             error=[m.error.astype(jnp.float32) for m in moved],
             pressing=_any([_pressing(m.bound, k, p) for m, k, p in zip(moved, kernels, policies)]),
@@ -163,17 +161,12 @@ class NetworkStep(NamedTuple):
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
 
         with jax.named_scope("tdlrt.turn"):
-            results = turn_all(frames, self.tree.pick(nodes), apart=self._apart)
+            results = turn_all(frames, self.tree.pick(nodes), apart=self.tree.whole_sizes)
         updates = [
             jax.tree.map(jnp.subtract, turned, TuckerTensor(frame.core, frame.U))
             for (turned, _), frame in zip(results, frames)
         ]
-        inner_state = self._map_moments(
-            inner_state,
-            lambda kind, moment, frame, new_frame: transport_turned(moment, frame, new_frame, kind),
-            frames,
-            self._frames_after(updates),
-        )
+        inner_state = self._moments.turned(inner_state, frames, self._frames_after(updates))
         deviation = jnp.max(jnp.stack([jnp.zeros(()), *(deviation.astype(jnp.float32) for _, deviation in results)]))
         return self._ranks_stay(updates, nodes, inner_state)._replace(deviation=deviation)
 
@@ -181,8 +174,8 @@ class NetworkStep(NamedTuple):
         """Between adaptations: cores step in the bases as they are, from one gradient."""
         nodes, inner_state = self._first_update(frames, gradients, inner_state)
         updates = self._of_cores(nodes)
-        new_frames = self._frames_after(updates)
-        return self._ranks_stay(updates, nodes, self._carried_over(inner_state, frames, new_frames))
+        inner_state = self._moments.carried_over(inner_state, frames, self._frames_after(updates))
+        return self._ranks_stay(updates, nodes, inner_state)
 
     def from_anchor(self, inner_state: Any, anchor: list[TuckerTensor], frames: list[Frame]) -> Any:
         """The state after steps of the cores alone that held the moments of the ``K_i``, in the frames of now.
@@ -192,24 +185,7 @@ class NetworkStep(NamedTuple):
           anchor: the kernels before those steps, in the same bases.
           frames: at the kernels of now.
         """
-        return self._carried_over(inner_state, lift_all(anchor), frames, ("linear",))
-
-    def _carried_over(
-        self,
-        inner_state: Any,
-        frames: list[Frame],
-        new_frames: list[Frame],
-        kinds: tuple[Kind, ...] = ("linear", "squared"),
-    ) -> Any:
-        """Moments in other frames of the same bases, those of some kinds."""
-
-        def carry(kind: Kind, moment: TuckerTensor, frame: Frame, new_frame: Frame) -> TuckerTensor:
-            if kind not in kinds:
-                return moment
-            same = tuple(None if u is None else jnp.diag(active_columns(u).astype(u.dtype)) for u in frame.U)
-            return transport_moment(moment.core, moment.factors, unchanged(frame), same, new_frame, kind)
-
-        return self._map_moments(inner_state, carry, frames, new_frames)
+        return self._moments.carried_over(inner_state, lift_all(anchor), frames, ("linear",))
 
     def cores_only_step(self, gradients: list[Any], inner_state: Any, hold: bool = False) -> StepOutcome:
         """A step of the cores alone, in bases that stay, from gradients of nothing else of the kernels.
@@ -221,10 +197,7 @@ class NetworkStep(NamedTuple):
           hold: keep the moments of the ``K_i`` as they are, in the frames in which they are: :meth:`from_anchor` takes them up.
         """
         kernels, before = self.tree.kernels, inner_state
-        inner_state = self._map_moments(
-            inner_state, lambda kind, moment, kernel: core_moment(moment, kernel, kind), kernels
-        )
-        floored = inner_state
+        inner_state = floored = self._moments.of_cores(inner_state)
         points = [_of_core(core_frame(kernel).core, kernel) for kernel in kernels]
         grads = [
             _of_core(grad.core.astype(point.core.dtype), kernel)
@@ -233,18 +206,8 @@ class NetworkStep(NamedTuple):
         nodes, inner_state = self._inner_update(gradients, grads, points, inner_state)
         nodes = self._masked(nodes)
         if hold:
-            inner_state = self._with_factors(inner_state, {"linear": before, "squared": floored})
+            inner_state = self._moments.with_factors(inner_state, {"linear": before, "squared": floored})
         return self._ranks_stay(self._of_cores(nodes), nodes, inner_state)
-
-    def _with_factors(self, state: Any, of: Mapping[Kind, Any]) -> Any:
-        """A state with the moments of the ``K_i`` of others, chosen by kind."""
-        nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
-        others = {kind: jax.tree.leaves(other, is_leaf=is_tucker) for kind, other in of.items()}
-        for moment in self._moments(state):
-            if moment.kind in others:
-                position = moment.position
-                nodes[position] = nodes[position]._replace(factors=others[moment.kind][position].factors)
-        return jax.tree.unflatten(treedef, nodes)
 
     def _of_cores(self, nodes: list[Any]) -> list[TuckerTensor]:
         """The kernels' updates, without those of the factors.
@@ -315,11 +278,7 @@ class NetworkStep(NamedTuple):
             TuckerTensor(grad.core.astype(point.core.dtype), zeros)
             for grad, point, zeros in zip(self.tree.pick(self.align(grads)), points, still)
         ]
-
-        def turn(kind: Kind, moment: TuckerTensor, basis: Augmented, point: Galerkin, still: tuple) -> TuckerTensor:
-            return TuckerTensor(turn_moment(moment, basis, point.turns, kind), still)
-
-        state = self._map_moments(state, turn, bases, points, still)
+        state = self._moments.at_galerkin_points(state, bases, points)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
         return *self._inner_update(gradients, core_grads, at_points, state), all_finite(core_grads)
 
@@ -329,74 +288,6 @@ class NetworkStep(NamedTuple):
         Exactly that, rounding included: the next step lifts it again, and the moments must live in the same frame.
         """
         return lift_all([optax.apply_updates(kernel, update) for kernel, update in zip(self.tree.kernels, updates)])
-
-    def _moments(self, state: Any) -> list[Moment]:
-        return find_moments(state, list(zip(self.tree.paths, self.tree.kernels)), self.fields)
-
-    def _map_moments(self, state: Any, function: Callable[..., TuckerTensor], *columns: list[Any]) -> Any:
-        """Replaces every moment by ``function(kind, moment, *entries)``, the columns' entries being those of its kernel."""
-        nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
-        moments = [moment for moment in self._moments(state) if moment.kind != "scalar"]
-        rows = [[column[moment.kernel] for moment in moments] for column in columns]
-        present = [nodes[moment.position] for moment in moments]
-        with jax.named_scope("tdlrt.transport"):
-            results = map_batched(
-                function,
-                present,
-                *rows,
-                static=[moment.kind for moment in moments],
-                apart=[self._apart[moment.kernel] for moment in moments],
-            )
-        for moment, result in zip(moments, results):
-            nodes[moment.position] = result
-        return jax.tree.unflatten(treedef, nodes)
-
-    def _transport(
-        self,
-        scheme: Integrator,
-        after_first: Any,
-        after_last: Any,
-        bases: list[Augmented],
-        points: list[Galerkin],
-        moved: list[Moved],
-        frames: list[Frame],
-    ) -> Any:
-        """The state after the step: the moments of the K_i from the first update, the cores' from the last, in new frames."""
-        first = jax.tree.leaves(after_first, is_leaf=is_tucker)
-        moments = [moment for moment in self._moments(after_first) if moment.kind != "scalar"]
-
-        def carry(
-            kind: Kind,
-            last: TuckerTensor,
-            first: TuckerTensor,
-            basis: Augmented,
-            point: Galerkin,
-            rotations: tuple[ModeArray, ...],
-            frame: Frame,
-        ) -> TuckerTensor:
-            embedded = scheme.evaluations == 1 or point.turns is not None
-            within = embed_moment(first, basis, kind) if embedded else last.core
-            carried = transport_moment(within, first.factors, basis, rotations, frame, kind)
-            # Where the bases turned before the core's step, its moment is in the new ones already.
-            return carried if point.turns is None else carried._replace(core=last.core)
-
-        nodes, treedef = jax.tree.flatten(after_last, is_leaf=is_tucker)
-        owners = [moment.kernel for moment in moments]
-        with jax.named_scope("tdlrt.transport"):
-            results = map_batched(
-                carry,
-                [nodes[moment.position] for moment in moments],
-                [first[moment.position] for moment in moments],
-                [bases[i] for i in owners],
-                [points[i] for i in owners],
-                [moved[i].rotations for i in owners],
-                [frames[i] for i in owners],
-                static=[moment.kind for moment in moments],
-                apart=[self._apart[i] for i in owners],
-            )
-        for moment, result in zip(moments, results):
-            nodes[moment.position] = result
-        return jax.tree.unflatten(treedef, nodes)
 
 
 def _projected(gradients: list[TuckerTensor], frames: list[Frame]) -> list[TuckerTensor]:

@@ -24,11 +24,12 @@ from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import lift_all
 from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
+from tdlrt_jax.moments import find_moments
 from tdlrt_jax.network import NetworkStep, StepOutcome
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.ranks import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.rules import parse_rules
-from tdlrt_jax.transport import Kind, find_moments
+from tdlrt_jax.transport import Kind
 from tdlrt_jax.tucker import TuckerTensor, active_rank, check_structure
 
 __all__ = ["TdlrtState", "tdlrt"]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tdlrt_jax.tucker import TuckerTensor, is_tucker
+from tdlrt_jax.tucker import TuckerTensor, is_tucker, whole_sizes
 
 __all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "path_name"]
 
@@ -50,6 +50,11 @@ class KernelTree(NamedTuple):
     def kernels(self) -> list[TuckerTensor]:
         """The kernels, in the order of the tree."""
         return self.pick(self.nodes)
+
+    @property
+    def whole_sizes(self) -> list[tuple]:
+        """What :func:`tdlrt_jax.batching.map_batched` has to leave as it is of each, see :func:`tdlrt_jax.tucker.whole_sizes`."""
+        return [whole_sizes(kernel) for kernel in self.kernels]
 
     def pick(self, nodes: list[Any]) -> list[Any]:
         """The entries of ``nodes`` that stand where the kernels do."""

@@ -1,4 +1,4 @@
-"""Carries optimizer state through a change of basis.
+"""Carries a kernel's optimizer state through a change of basis.
 
 The moments of a kernel, ``(m_C, m_{K_i})``, are the coordinates of one tangent vector
 ``V = m_C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (I - U_i U_i^T) m_{K_i}``. When the bases move, the new moments are the
@@ -11,15 +11,13 @@ makes the entries of a kernel nearly equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from tdlrt_jax.arguments import check_mapping
 from tdlrt_jax.frame import Frame, active_entries
 from tdlrt_jax.integrators import Augmented, TurnedTangent, embed, overlaps
 from tdlrt_jax.tucker import (
@@ -27,16 +25,14 @@ from tdlrt_jax.tucker import (
     ModeArray,
     TuckerTensor,
     active_columns,
-    is_tucker,
     multi_mode_product,
     unfold,
 )
 
 __all__ = [
-    "Moment",
+    "Kind",
     "core_moment",
     "embed_moment",
-    "find_moments",
     "transport",
     "transport_moment",
     "transport_squares",
@@ -44,107 +40,7 @@ __all__ = [
     "turn_moment",
 ]
 
-Kind = Literal["linear", "squared", "scalar"]
-
-# The fields in which optax's transformations keep averages of gradients or updates, and of their squares.
-KNOWN_FIELDS: Mapping[str, Kind] = {
-    **dict.fromkeys(["trace", "mu", "ema", "m", "acc_grads", "momentum", "exp_avg"], "linear"),
-    **dict.fromkeys(["nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v", "exp_avg_sq"], "squared"),
-}
-
-
-class Moment(NamedTuple):
-    """A leaf of the optimizer's state (flattened with kernels as leaves) that mirrors a kernel."""
-
-    position: int
-    kernel: int
-    kind: Kind
-
-
-def find_moments(
-    state: Any,
-    kernels: Sequence[tuple[tuple, TuckerTensor]],
-    fields: Mapping[str, Kind] | None = None,
-    *,
-    check_values: bool = False,
-) -> list[Moment]:
-    """The moments in an optax state: which kernel each belongs to, and how it transforms.
-
-    Args:
-      state: any optax state whose ``init`` saw kernels as ``TuckerTensor(C, K)``.
-      kernels: key path and kernel, for every kernel.
-      fields: how state fields that optax does not have transform, name to ``"linear"`` or ``"squared"``.
-      check_values: also raise for moments that do not start constant (copies of the parameters).
-
-    Raises:
-      ValueError: for state that cannot follow a change of basis, naming the state's class and field.
-    """
-    check_mapping("moments", fields or {}, "from field names to 'linear' or 'squared'")
-    for name, kind in (fields or {}).items():
-        if kind not in ("linear", "squared"):
-            raise ValueError(f"moments[{name!r}]={kind!r} is unknown: expected 'linear' or 'squared'")
-    known = {**KNOWN_FIELDS, **(fields or {})}
-    moments = []
-    for position, (path, node) in enumerate(jax.tree_util.tree_flatten_with_path(state, is_leaf=is_tucker)[0]):
-        if not is_tucker(node):
-            continue
-        index = _owner(path, kernels)
-        prefix = path[: len(path) - len(kernels[index][0])]
-        name = str(getattr(prefix[-1], "name", prefix[-1])) if prefix else ""
-        where = f"{_state_class(state, prefix)}.{name} of kernel {jax.tree_util.keystr(kernels[index][0])}"
-        kernel = kernels[index][1]
-        shapes, expected = jax.tree.map(jnp.shape, node), jax.tree.map(jnp.shape, kernel)
-        if all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)) and jax.tree.leaves(node):
-            moments.append(Moment(position, index, "scalar"))
-            continue
-        if shapes != expected:
-            raise ValueError(
-                f"{where} has the shapes {shapes}, the kernel {expected}: state that is factored, or that covers only a part "
-                "of a kernel, cannot be carried through a change of basis. Use a transformation whose moments have the "
-                "shapes of the parameters, and give the core and factors of a kernel one label when partitioning"
-            )
-        if name not in known:
-            raise ValueError(
-                f"{where} is not known to be an average of gradients (linear) or of their squares (squared), so tdlrt cannot "
-                f'carry it through a change of basis. If it is one, say so: tdlrt(..., moments={{"{name}": "linear"}}); '
-                "copies of the parameters (schedule-free, prodigy, lookahead) cannot work"
-            )
-        if check_values and not all(_constant(leaf) for leaf in jax.tree.leaves(node)):
-            raise ValueError(
-                f"{where} does not start constant: it looks like a copy of the parameters, which means nothing in other bases"
-            )
-        moments.append(Moment(position, index, known[name]))
-    return moments
-
-
-def _owner(path: tuple, kernels: Sequence[tuple[tuple, TuckerTensor]]) -> int:
-    """The kernel whose key path ends the state's; the longest, when one path ends another."""
-    fits = [i for i, (key, _) in enumerate(kernels) if len(key) <= len(path) and path[len(path) - len(key) :] == key]
-    if not fits:
-        raise ValueError(
-            f"the optimizer's state holds a Tucker kernel at {jax.tree_util.keystr(path)} that no parameter path ends: "
-            "tdlrt expects state that mirrors the parameters"
-        )
-    return max(fits, key=lambda i: len(kernels[i][0]))
-
-
-def _state_class(state: Any, prefix: tuple) -> str:
-    """The innermost NamedTuple on the way to a leaf, which in optax names the transformation."""
-    name, node = type(state).__name__, state
-    for key in prefix:
-        if hasattr(node, "_fields"):
-            name = type(node).__name__
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            node = getattr(node, key.name)
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            node = node[key.idx]
-        elif isinstance(key, jax.tree_util.DictKey):
-            node = node[key.key]
-    return name
-
-
-def _constant(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer) or leaf.size == 0 or bool(np.ptp(np.asarray(leaf)) == 0)
+Kind = Literal["linear", "squared", "scalar"]  # an average of gradients, of their squares, or one number a kernel
 
 
 def embed_moment(moment: TuckerTensor, augmented: Augmented, kind: Kind) -> Array:

@@ -8,7 +8,7 @@ import pytest
 
 from tdlrt_jax import TuckerTensor, lift, resize, tdlrt, to_dense, value_and_grad
 from tdlrt_jax.integrators import augment, embed
-from tdlrt_jax.transport import embed_moment, find_moments, transport, transport_squares
+from tdlrt_jax.transport import embed_moment, transport, transport_squares
 from tdlrt_jax.truncation import truncate
 from tdlrt_jax.tucker import active_columns
 from tests import references
@@ -165,26 +165,3 @@ def test_adam_reaches_a_low_rank_optimum(x64, integrator, spare):
         kernel = resize(kernel, tuple(min(n, r + spare) for n, r in zip(SHAPE, RANK)))
     tx = tdlrt(optax.adam(0.01), tolerance=1e-3, integrator=integrator)
     assert distance_after(tx, loss, kernel, optimum, 300) < 0.02
-
-
-# Finding the moments
-
-
-def test_moments_are_found_by_path_and_kind(rng):
-    params = {
-        "a": random_kernel(rng, (3, 4), (2, 2)),
-        "b": {"a": random_kernel(rng, (5, 4), (2, 2))},
-        "bias": jnp.ones(2),
-    }
-    kernels = [
-        ((jax.tree_util.DictKey("a"),), params["a"]),
-        ((jax.tree_util.DictKey("b"), jax.tree_util.DictKey("a")), params["b"]["a"]),
-    ]
-    state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
-    found = find_moments(state, kernels, check_values=True)
-    assert [(moment.kernel, moment.kind) for moment in found] == [
-        (0, "linear"),
-        (1, "linear"),
-        (0, "squared"),
-        (1, "squared"),
-    ]

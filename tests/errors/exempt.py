@@ -51,8 +51,8 @@ REASONS = {
             *(f"batching.{n}" for n in ("Batches", "few_and_large", "map_batched", "map_light")),
             *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
-        *("transport.Moment", "transport.core_moment", "transport.embed_moment", "transport.find_moments"),
-        "transport.transport",
+        *("moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
+        *("transport.core_moment", "transport.embed_moment", "transport.transport"),
         *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
         *(
             "transport.turn_moment",
