@@ -28,7 +28,7 @@ from jax import Array
 from rich.console import Console
 
 import tdlrt_jax
-from experiments.config import ModelConfig
+from experiments.options import ModelConfig
 from experiments.run import data
 from experiments.run.arrays import fit_arrays
 from experiments.run.batches import epoch_order, to_device, transform_of

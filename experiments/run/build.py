@@ -15,7 +15,7 @@ from jax import Array
 from optax import contrib
 
 import tdlrt_jax
-from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
+from experiments.options import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.run.data import Dataset
 from experiments.run.metrics import layers, totals
 from tdlrt_jax import models

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from experiments.config import DatasetName
+from experiments.options import DatasetName
 
 __all__ = ["DATASETS", "Dataset", "Images", "cache_directory", "load", "stratified_split"]
 

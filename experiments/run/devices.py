@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.config import DeviceConfig
+from experiments.options import DeviceConfig
 
 __all__ = ["ONE_DEVICE", "Devices", "first_says", "join_processes", "on_the_host", "onto_the_device", "take_devices"]
 

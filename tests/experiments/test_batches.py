@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.config import OptimizerConfig, TdlrtConfig
+from experiments.options import OptimizerConfig, TdlrtConfig
 from experiments.run import batches
 from experiments.run.build import build_optimizer
 from experiments.run.data import Images

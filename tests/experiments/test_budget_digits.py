@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import tdlrt_jax
 from experiments import train
-from experiments.config import TdlrtConfig
+from experiments.options import TdlrtConfig
 from experiments.run import plots
 from experiments.run.build import falling_steps
 from tdlrt_jax.models.pooling import max_pool

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import train
-from experiments.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TdlrtConfig,
-    TrainConfig,
-)
+from experiments.config import TrainConfig
+from experiments.options import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TdlrtConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

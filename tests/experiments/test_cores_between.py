@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.config import TdlrtConfig
+from experiments.options import TdlrtConfig
 from experiments.run import plots
 from experiments.run.training import Training
 from tdlrt_jax import checkpoint

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from experiments import train
-from experiments.config import ModelConfig, PruningConfig, TrainConfig, from_json
+from experiments.config import TrainConfig, from_json
 from experiments.methods import METHODS
+from experiments.options import ModelConfig, PruningConfig
 from experiments.run import data, plots
 from experiments.run.build import build_model, is_pruned, kinds_of
 from experiments.run.display import Display

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tdlrt_jax
-from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
+from experiments.options import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.run.batches import epoch_order, to_device, transform_of
 from experiments.run.build import build_model, build_optimizer
 from experiments.run.data import Dataset, Images

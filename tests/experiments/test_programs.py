@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import tdlrt_jax
-from experiments.config import ModelConfig, OptimizerConfig, TdlrtConfig
+from experiments.options import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.run import batches, data, metrics, programs
 from experiments.run.build import build_descent, build_model, build_optimizer
 from tdlrt_jax.nn import TuckerLinear

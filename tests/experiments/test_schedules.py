@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config import OptimizerConfig, TdlrtConfig, from_json
+from experiments.config import from_json
+from experiments.options import OptimizerConfig, TdlrtConfig
 from experiments.run.build import after_epoch, build_descent, build_optimizer, learning_rate
 from tests.experiments.jobs import TUCKER, lines, run
 

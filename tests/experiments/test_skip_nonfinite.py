@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.config import OptimizerConfig
+from experiments.options import OptimizerConfig
 from experiments.run import batches, programs
 from experiments.run.records import Sums
 from experiments.train import main

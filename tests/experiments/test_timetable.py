@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.config import ModelConfig, OptimizerConfig, RunConfig, TdlrtConfig, TrainConfig
+from experiments.config import TrainConfig
+from experiments.options import ModelConfig, OptimizerConfig, RunConfig, TdlrtConfig
 from experiments.run.timetable import Timetable
 
 STEPS_PER_EPOCH = 23

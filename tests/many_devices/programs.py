@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import tdlrt_jax
 from benchmarks.communication import collectives
 from experiments import train
-from experiments.config import DeviceConfig
+from experiments.options import DeviceConfig
 from experiments.run import plots
 from experiments.run.devices import join_processes, take_devices
 from experiments.run.display import Display

@@ -5,7 +5,8 @@ import json
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.config import DeviceConfig, TrainConfig, from_json
+from experiments.config import TrainConfig, from_json
+from experiments.options import DeviceConfig
 from experiments.run import batches
 from experiments.run.devices import take_devices
 from tdlrt_jax import checkpoint
