@@ -20,7 +20,7 @@ from tdlrt_jax.integrators.bug import existing, stepped_core
 from tdlrt_jax.paths import KernelTree
 from tdlrt_jax.ranks import RankPolicy, check_policy, check_tolerance, per_mode
 from tdlrt_jax.rules import Rule, check_rules_match, layer_path, rule_for
-from tdlrt_jax.tucker import TuckerTensor, active_rank, whole_sizes
+from tdlrt_jax.tucker import TuckerTensor, active_rank
 
 __all__ = ["Bounds", "RankControl"]
 
@@ -140,7 +140,7 @@ class RankControl:
         budget, plans = self.tolerance, self._plans(tree)
         assert isinstance(budget, Budget)
         period = budget.every * self.adapt_every
-        apart = [whole_sizes(kernel) for kernel in tree.kernels]
+        apart = tree.whole_sizes
         if budget.importance == "loss":
             cores = [grad.core for grad in gradients]
             measured = map_batched(sensitivity.measure, tree.kernels, cores, apart=apart)

@@ -11,13 +11,10 @@ import optax
 from jax import Array
 
 from tdlrt_jax import status as flags
-from tdlrt_jax.arguments import check_callable, check_integer, check_mapping, check_transformation
-from tdlrt_jax.frame import core_frame, value_and_grad
-from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
+from tdlrt_jax.arguments import check_callable, check_mapping, check_transformation
+from tdlrt_jax.gradients import StepGradients
 from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
 from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
-from tdlrt_jax.paths import path_name
-from tdlrt_jax.tucker import is_tucker
 
 __all__ = ["StepInfo", "tdlrt_step"]
 
@@ -96,14 +93,10 @@ def tdlrt_step(
     """
     check_callable("loss_fn", loss_fn, "loss_fn(params, *batch) -> loss")
     check_transformation("tx", tx)
-    check_integer("accumulate", accumulate, 1, "a number of micro-batches")
-    check_kind_of_step(cores_only, ranks_stay)
-    if compiler_options is not None:
-        check_mapping("compiler_options", compiler_options, "from names of XLA's options to their values")
-    options = dict(compiler_options) if compiler_options else None
-    if second_pass and (cores_only or ranks_stay):
-        which = "cores_only" if cores_only else "ranks_stay"
-        raise ValueError(f"second_pass=True: a step with {which} has no second gradient, leave one of them out")
+    gradients = StepGradients(
+        accumulate=accumulate, second_pass=second_pass, cores_only=cores_only, ranks_stay=ranks_stay
+    )
+    options = check_compiler_options(compiler_options)
     tx = optax.with_extra_args_support(tx)
 
     def with_state(params: Any, model_state: Any, *batch: Any) -> tuple[Array, tuple[Any, Any]]:
@@ -115,64 +108,11 @@ def tdlrt_step(
             return out[0], (out[1], None)
         return (out[0], (None, out[1])) if has_aux else (out, (None, None))
 
-    gradient = value_and_grad(with_state, has_aux=True)
-
-    def first_of_two(params: Any, model_state: Any, batch: tuple) -> tuple[tuple, Callable[[Any], Any] | None]:
-        """The first evaluation, and what the transformation calls for the second."""
-        if cores_only:
-            loss, new_model_state, aux, grads = evaluate(core_frames(params), model_state, batch)
-            return (loss, new_model_state, aux, without_factors(grads, params)), None
-        if ranks_stay:
-            return evaluate(params, model_state, batch), None
-        if accumulate > 1 or second_pass:
-            first = evaluate(params, model_state, batch)
-
-            def again(at: Any) -> tuple[Array, Any]:
-                loss, _, _, grads = evaluate(_fill_masked(at, params), model_state, batch)
-                return loss, grads
-
-            return first, again
-        evaluated, second = value_and_two_grads(with_state, has_aux=True)(params, model_state, *batch)
-        (loss, (new_model_state, aux)), grads = evaluated
-
-        def anew(at: Any) -> tuple[Array, Any]:
-            return _loss_and_grads(second(_fill_masked(at, params)))
-
-        def same(at: Any) -> tuple[Array, Any]:
-            return _loss_and_grads(second.at_same_network(_fill_masked(at, params)))
-
-        return (loss, new_model_state, aux, grads), SecondGradient(anew, same)
-
-    def evaluate(params: Any, model_state: Any, batch: tuple) -> tuple[Array, Any, Any, Any]:
-        if accumulate == 1:
-            (loss, (model_state, aux)), grads = gradient(params, model_state, *batch)
-            return loss, model_state, aux, grads
-
-        def micro_step(carry: tuple, micro_batch: tuple) -> tuple:
-            model_state, loss, grads = carry
-            (value, (model_state, aux)), grad = gradient(params, model_state, *micro_batch)
-            return (model_state, *jax.tree.map(jnp.add, (loss, grads), (value, grad))), aux
-
-        micro_batches = jax.tree.map(_split(accumulate), batch)
-        shapes = jax.eval_shape(gradient, params, model_state, *jax.tree.map(lambda leaf: leaf[0], micro_batches))
-        (mean, _), means = shapes
-        # Sums of numbers of 16 bits overflow, and round too much, where their means do not.
-        loss, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), (mean, means))
-        # XLA's CPU convolutions are 15 to 77 times slower inside of a loop (benchmarks/results/cpu).
-        unroll = jax.default_backend() == "cpu"
-        start = (model_state, loss, grads)
-        (model_state, loss, grads), aux = jax.lax.scan(micro_step, start, micro_batches, unroll=unroll)
-        loss, grads = jax.tree.map(
-            lambda leaf, like: (leaf / accumulate).astype(like.dtype), (loss, grads), (mean, means)
-        )
-        return loss, model_state, aux, grads
-
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
-        (loss, new_model_state, aux, grads), value_and_grad_fn = first_of_two(params, model_state, batch)
-        value = vetoed(loss, model_state, new_model_state)
-        how = kind_of_step(cores_only, ranks_stay) or {"value_and_grad_fn": value_and_grad_fn}
-        updates, after = tx.update(grads, opt_state, params, value=value, **how)
-        status = combined_status(opt_state, after, (value, grads))
+        first, how = gradients(with_state, params, model_state, batch)
+        value = vetoed(first.loss, model_state, first.model_state)
+        updates, after = tx.update(first.grads, opt_state, params, value=value, **how)
+        status = combined_status(opt_state, after, (value, first.grads))
         if not isinstance(opt_state, TdlrtState):
             # What is outside of tdlrt (another part of a partition) may have taken what it left out.
             updates, after, status = jax.lax.cond(
@@ -181,8 +121,8 @@ def tdlrt_step(
                 lambda: (no_updates(updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
             )
         moves = status & flags.SKIPPED == 0
-        model_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new_model_state, model_state)
-        return optax.apply_updates(params, updates), after, model_state, report(after, loss, aux, status)
+        model_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), first.model_state, model_state)
+        return optax.apply_updates(params, updates), after, model_state, report(after, first.loss, first.aux, status)
 
     if has_state:
         return jax.jit(step, donate_argnums=(0, 1, 2) if donate else (), compiler_options=options)
@@ -194,39 +134,11 @@ def tdlrt_step(
     return jax.jit(stateless_step, donate_argnums=(0, 1) if donate else (), compiler_options=options)
 
 
-def check_kind_of_step(cores_only: bool, ranks_stay: bool) -> None:
-    """Raises ``ValueError`` for a step that cannot be."""
-    if cores_only and ranks_stay:
-        raise ValueError(
-            "cores_only=True, ranks_stay=True: expected one of them; with ranks_stay the bases move too, with cores_only they do "
-            "not"
-        )
-
-
-def kind_of_step(cores_only: bool, ranks_stay: bool) -> dict[str, Any]:
-    """The arguments for the transformation's update of a step that is no whole one; nothing for one that is."""
-    return {"cores_only": True} if cores_only else {"ranks_stay": True} if ranks_stay else {}
-
-
-def core_frames(params: Any) -> Any:
-    """The parameters with a core-only frame in the place of every kernel."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, node: core_frame(node, path_name(path)) if is_tucker(node) else node, params, is_leaf=is_tucker
-    )
-
-
-def without_factors(grads: Any, params: Any) -> Any:
-    """Gradients at :func:`core_frames` with the parameters' structure: zeros for the factors."""
-
-    def fill(node: Any, grad: Any) -> Any:
-        return grad._replace(factors=jax.tree.map(jnp.zeros_like, node.factors)) if is_tucker(node) else grad
-
-    return jax.tree.map(fill, params, grads, is_leaf=is_tucker)
-
-
-def _loss_and_grads(evaluated: tuple) -> tuple[Array, Any]:
-    (loss, _), grads = evaluated
-    return loss, grads
+def check_compiler_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Options as :func:`jax.jit` takes them; raises ``ValueError`` for what is no mapping."""
+    if options is not None:
+        check_mapping("compiler_options", options, "from names of XLA's options to their values")
+    return dict(options) if options else None
 
 
 def find_states(opt_state: Any) -> list[TdlrtState]:
@@ -283,36 +195,6 @@ def _none_taken(opt_state: Any) -> Any:
     return jax.tree.map(
         lambda node: left_out(node, flags.NONFINITE) if is_leaf(node) else node, opt_state, is_leaf=is_leaf
     )
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
-
-
-def _split(parts: int) -> Callable[[Array], Array]:
-    def split(leaf: Array) -> Array:
-        if leaf.ndim == 0 or leaf.shape[0] % parts:
-            raise ValueError(
-                f"accumulate={parts} does not divide a batch array of shape {leaf.shape} along its first axis"
-            )
-        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
-
-    return split
-
-
-def _fill_masked(params: Any, full: Any) -> Any:
-    """Parameters with optax's MaskedNodes, which ``partition`` and ``masked`` put in, filled from the full ones."""
-
-    def fill(node: Any, subtree: Any) -> Any:
-        return subtree if isinstance(node, optax.MaskedNode) else node
-
-    def stop(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode) or is_kernel_node(node)
-
-    def is_kernel_node(node: Any) -> bool:
-        return is_tucker(node) or hasattr(node, "chart_to_dense")
-
-    return jax.tree.map(fill, params, full, is_leaf=stop)
 
 
 def _merge(dictionaries: Any) -> dict[str, Array]:

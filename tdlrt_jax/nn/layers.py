@@ -46,8 +46,7 @@ class TuckerConv(nnx.Module):
     :func:`tdlrt_jax.nn.tdlrt`.
 
     Args:
-      in_features, out_features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count:
-      the
+      in_features, out_features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count: the
         geometry, as in ``flax.nnx.Conv``.
       use_bias: whether to add a bias.
       mask: an array of the dense kernel's shape to multiply the kernel with. The dense kernel is then built in every
@@ -236,8 +235,7 @@ class TuckerLinear(nnx.Module):
     Trained with :func:`tdlrt_jax.nn.tdlrt` it is a layer of matrix DLRT.
 
     Args:
-      in_features, out_features, use_bias, dtype, param_dtype, precision, preferred_element_type, kernel_init,
-      bias_init,
+      in_features, out_features, use_bias, dtype, param_dtype, precision, preferred_element_type, kernel_init, bias_init,
         promote_dtype, rngs, kernel_metadata, bias_metadata: as in ``flax.nnx.Linear``, with the remarks of
         :class:`TuckerConv`.
       dot_general: a product to use in the place of :func:`tdlrt_jax.tucker_linear`; it is given the dense weight.

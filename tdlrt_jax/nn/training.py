@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,17 +16,8 @@ import tdlrt_jax.optimizer
 from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
-from tdlrt_jax.galerkin import SecondGradient, value_and_two_grads
-from tdlrt_jax.step import (
-    StepInfo,
-    check_kind_of_step,
-    combined_status,
-    core_frames,
-    kind_of_step,
-    report,
-    vetoed,
-    without_factors,
-)
+from tdlrt_jax.gradients import StepGradients
+from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, report, vetoed
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
 
@@ -43,7 +35,7 @@ def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
 class Functional(NamedTuple):
     """A model taken apart: ``loss_fn(model, *batch)`` as a function of its parameters without Variables."""
 
-    loss: Callable[..., Any]  # (params, *batch) -> (value, (rest, aux)), params a pytree of arrays and kernels
+    loss: Callable[..., Any]  # (params, rest, *batch) -> (value, (rest, aux)), params a pytree of arrays and kernels
     params: Any  # the parameters, without Variables
     rest: nnx.State  # everything else: BatchNorm statistics, random counters
     rewrap: Callable[[Any], nnx.State]  # a tree of the parameters' structure into their Variables
@@ -57,7 +49,7 @@ def _functional(loss_fn: Callable[..., Any], model: Any, wrt: Any, has_aux: bool
         # By leaves, so that a Frame may stand where a kernel was.
         return treedef.unflatten(jax.tree.leaves(params, is_leaf=is_kernel))
 
-    def loss(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         # A plain merge would hand out the caller's Variables, which may not be changed inside of a transformation.
         copied = nnx.merge(graphdef, rewrap(params), rest, copy=True)
         out = loss_fn(copied, *args, **kwargs)
@@ -106,38 +98,11 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
         _check_model(model)
         parts = _functional(loss_fn, model, wrt, has_aux)
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
-        (value, (rest, aux)), grads = gradient(parts.params, *args, **kwargs)
+        (value, (rest, aux)), grads = gradient(parts.params, parts.rest, *args, **kwargs)
         nnx.update(model, rest)
         return ((value, aux) if has_aux else value), parts.rewrap(grads)
 
     return evaluate
-
-
-def _value_and_two_grads(
-    loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, model: Any, *args: Any
-) -> tuple[tuple[Any, Any], SecondGradient]:
-    """:func:`value_and_grad` of a model, and what the optimizer calls for the second gradient."""
-    parts = _functional(loss_fn, model, wrt, has_aux)
-    ((value, (rest, aux)), grads), second = value_and_two_grads(parts.loss, has_aux=True)(parts.params, *args)
-    nnx.update(model, rest)
-
-    def plain(evaluated: Any) -> tuple[Any, Any]:
-        (value, _), grads = evaluated
-        return value, grads
-
-    again = SecondGradient(lambda at: plain(second(at)), lambda at: plain(second.at_same_network(at)))
-    return ((value, aux), parts.rewrap(grads)), again
-
-
-def _value_and_core_grads(
-    loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, model: Any, *args: Any
-) -> tuple[tuple[Any, Any], Any]:
-    """:func:`value_and_grad` of a model in its cores and all other leaves, with zeros for the factors."""
-    parts = _functional(loss_fn, model, wrt, has_aux)
-    gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
-    (value, (rest, aux)), grads = gradient(core_frames(parts.params), *args)
-    nnx.update(model, rest)
-    return (value, aux), parts.rewrap(without_factors(grads, parts.params))
 
 
 def value_and_grad_fn(
@@ -170,7 +135,7 @@ def value_and_grad_fn(
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
 
         def evaluate(params: Any) -> tuple[Any, Any]:
-            (value, (_, aux)), grads = gradient(params, *args, **kwargs)
+            (value, (_, aux)), grads = gradient(params, parts.rest, *args, **kwargs)
             return ((value, aux) if has_aux else value), grads
 
         return evaluate
@@ -223,15 +188,27 @@ def tdlrt(inner: optax.GradientTransformation, **options: Any) -> optax.Gradient
 
 
 def tdlrt_step(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False, cores_only: bool = False, ranks_stay: bool = False
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+    second_pass: bool = False,
+    cores_only: bool = False,
+    ranks_stay: bool = False,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., StepInfo]:
     """One jitted training step of an nnx model, in place; :func:`tdlrt_jax.tdlrt_step` with nnx's conventions.
 
     Args:
       loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
       has_aux: ``loss_fn`` returns something beside the loss.
-      cores_only: a step between two adaptations, in which bases and ranks stay; see :func:`tdlrt_jax.tdlrt_step`.
+      accumulate: split every batch array along its first axis into so many micro-batches, one after the other, and take means
+        of all gradients over them.
+      second_pass: evaluate the second gradient of ``"bug"`` by a pass of its own; see :func:`tdlrt_jax.tdlrt_step`.
+      cores_only: a step between two adaptations, in which bases and ranks stay; see there.
       ranks_stay: one in which bases move and ranks stay; see there.
+      compiler_options: those of :func:`jax.jit`, such as :func:`tdlrt_jax.compiler_options`. JAX refuses them where the
+        step is called in another jitted function: give them to that one.
 
     Returns:
       ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
@@ -239,7 +216,8 @@ def tdlrt_step(
       :func:`tdlrt_jax.tdlrt_step`), model and optimizer stay as they were and ``info.status`` says so.
 
     Raises:
-      ValueError: for ``cores_only`` with ``ranks_stay``; if there is no :func:`tdlrt` in the optimizer.
+      ValueError: for ``accumulate`` below 1, a batch that it does not divide, more than one of ``second_pass``, ``cores_only``
+        and ``ranks_stay``, or ``compiler_options`` that are no mapping; if there is no :func:`tdlrt` in the optimizer.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -255,34 +233,45 @@ def tdlrt_step(
     """
 
     check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
-    check_kind_of_step(cores_only, ranks_stay)
+    gradients = StepGradients(
+        accumulate=accumulate, second_pass=second_pass, cores_only=cores_only, ranks_stay=ranks_stay
+    )
 
-    @nnx.jit
+    options = check_compiler_options(compiler_options)
+
     def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
         _check_model(model)
         if not isinstance(optimizer, nnx.Optimizer):
             raise ValueError(
                 f"optimizer is {shown(optimizer)}: expected an nnx.Optimizer(model, tdlrt(...), wrt=nnx.Param)"
             )
-        wrt = optimizer.wrt
-        rest = nnx.as_pure(_split(model, wrt)[2])
-        how: dict[str, Any] = kind_of_step(cores_only, ranks_stay)
-        if cores_only:
-            (loss, aux), grads = _value_and_core_grads(loss_fn, has_aux, wrt, model, *batch)
-        elif ranks_stay:
-            value, grads = value_and_grad(loss_fn, has_aux, wrt=wrt)(model, *batch)
-            loss, aux = value if has_aux else (value, None)
-        else:
-            ((loss, aux), grads), again = _value_and_two_grads(loss_fn, has_aux, wrt, model, *batch)
-            how = {"value_and_grad_fn": again}
-        moved, before = nnx.as_pure(_split(model, wrt)[2]), nnx.as_pure(optimizer.opt_state)
-        value = vetoed(loss, rest, moved)
-        optimizer.update(model, grads, value=value, **how)
+        parts = _functional(loss_fn, model, optimizer.wrt, has_aux)
+        first, how = gradients(parts.loss, parts.params, parts.rest, batch)
+        rest, moved, before = (nnx.as_pure(tree) for tree in (parts.rest, first.model_state, optimizer.opt_state))
+        value = vetoed(first.loss, rest, moved)
+        optimizer.update(model, parts.rewrap(first.grads), value=value, **how)
 
         after = nnx.as_pure(optimizer.opt_state)
-        status = combined_status(before, after, (value, nnx.as_pure(grads)))
+        status = combined_status(before, after, (value, first.grads))
         moves = status & flags.SKIPPED == 0
         nnx.update(model, jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, rest))
-        return report(after, loss, aux, status)
+        return report(after, first.loss, first.aux, status)
 
-    return step
+    return nnx.jit(step) if options is None else _jit_in_place(step, options)
+
+
+def _jit_in_place(step: Callable[..., Any], compiler_options: dict[str, Any]) -> Callable[..., Any]:
+    """``nnx.jit`` of a function that changes two modules in place, with compiler options, which it does not take."""
+
+    @partial(jax.jit, static_argnums=0, compiler_options=compiler_options)
+    def pure(graphdef: Any, state: Any, *batch: Any) -> tuple[Any, Any]:
+        modules = nnx.merge(graphdef, state)
+        out = step(*modules, *batch)
+        return nnx.state(modules), out
+
+    def in_place(first: Any, second: Any, *batch: Any) -> Any:
+        state, out = pure(*nnx.split((first, second)), *batch)
+        nnx.update((first, second), state)
+        return out
+
+    return in_place

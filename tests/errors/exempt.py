@@ -51,7 +51,7 @@ REASONS = {
             *(f"batching.{n}" for n in ("Batches", "few_and_large", "map_batched", "map_light")),
             *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
-        *("moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
+        *("gradients.Evaluated", "moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
         *("transport.core_moment", "transport.embed_moment", "transport.transport"),
         *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
         *(

@@ -187,6 +187,9 @@ NN = {
     "nn.tdlrt_step": [
         *each(nn.tdlrt_step, "loss_fn", (3, None)),
         (lambda: nn.tdlrt_step(model_loss, cores_only=True, ranks_stay=True), "ranks_stay"),
+        (lambda: nn.tdlrt_step(model_loss, second_pass=True, cores_only=True), "second_pass"),
+        *each(lambda v: nn.tdlrt_step(model_loss, accumulate=v), "accumulate", (0, -1, 1.5, "x", None)),
+        *each(lambda v: nn.tdlrt_step(model_loss, compiler_options=v), "compiler_options", (0, "x")),
         (lambda: nn.tdlrt_step(model_loss)(3, None), "model"),
         (lambda: nn.tdlrt_step(model_loss)(LAYER, None), "optimizer"),
     ],

@@ -38,13 +38,18 @@ def loss_with_aux(model, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
 
 
-@pytest.fixture(scope="module")
-def batch():
+def images_and_labels():
+    """24 images of three classes."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((24, 4, 4, 2)).astype(np.float32)
     y = np.arange(24) % 3
     x[..., 0] += y[:, None, None]
     return jnp.asarray(x), jnp.asarray(y)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return images_and_labels()
 
 
 def kernels(model):
