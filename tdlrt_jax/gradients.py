@@ -41,7 +41,14 @@ class StepGradients:
       ValueError: for ``accumulate`` below 1, and for more than one of the others.
     """
 
-    def __init__(self, *, accumulate: int, second_pass: bool, cores_only: bool, ranks_stay: bool):
+    def __init__(
+        self,
+        *,
+        accumulate: int = 1,
+        second_pass: bool = False,
+        cores_only: bool = False,
+        ranks_stay: bool = False,
+    ):
         check_integer("accumulate", accumulate, 1, "a number of micro-batches")
         if cores_only and ranks_stay:
             raise ValueError(

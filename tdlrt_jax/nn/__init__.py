@@ -7,7 +7,7 @@ from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear
 from tdlrt_jax.nn.normalization import conv_batch_norm
 from tdlrt_jax.nn.plain import to_plain
 from tdlrt_jax.nn.summary import summarize
-from tdlrt_jax.nn.training import tdlrt, tdlrt_step, value_and_grad, value_and_grad_fn
+from tdlrt_jax.nn.training import tdlrt, tdlrt_step, value_and_grad, value_and_grad_fn, value_and_two_grads
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "tuckerize",
     "value_and_grad",
     "value_and_grad_fn",
+    "value_and_two_grads",
 ]

@@ -19,7 +19,7 @@ from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.gradients import StepGradients
 from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, report, vetoed
 
-__all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn"]
+__all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn", "value_and_two_grads"]
 
 
 def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
@@ -105,13 +105,62 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
     return evaluate
 
 
+def value_and_two_grads(
+    loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param
+) -> Callable[..., Any]:
+    """:func:`value_and_grad`, and the second gradient that ``"bug"`` asks for, without a second pass where possible.
+
+    See :func:`tdlrt_jax.value_and_two_grads` for where it is. Both gradients see the same random numbers and statistics; the
+    model's move once.
+
+    Args:
+      loss_fn, has_aux, wrt: those of :func:`value_and_grad`.
+
+    Returns:
+      ``f(model, *batch) -> ((value, grads), second)``: ``grads`` for ``nnx.Optimizer.update(model, grads,
+      value_and_grad_fn=second)``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import tdlrt_jax.nn
+      >>> model = tdlrt_jax.nn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
+      >>> tx = tdlrt_jax.nn.tdlrt(optax.sgd(0.1), tolerance=0.1)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> gradients = value_and_two_grads(lambda model, x: jnp.mean((model(x) - 1) ** 2))
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     (loss, grads), second = gradients(model, x)
+      ...     optimizer.update(model, grads, value_and_grad_fn=second)
+      ...     return loss
+      >>> losses = [float(step(model, optimizer, jnp.ones((3, 6)))) for _ in range(3)]
+      >>> losses[2] < losses[0]
+      True
+
+    Source: Algorithm 1, lines 8 and 9.
+    """
+
+    check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
+    gradients = StepGradients()
+
+    def evaluate(model: Any, *args: Any) -> tuple[tuple[Any, Any], Callable[[Any], Any]]:
+        _check_model(model)
+        parts = _functional(loss_fn, model, wrt, has_aux)
+        first, second = gradients(parts.loss, parts.params, parts.rest, args)
+        nnx.update(model, first.model_state)
+        value = (first.loss, first.aux) if has_aux else first.loss
+        return (value, parts.rewrap(first.grads)), second["value_and_grad_fn"]
+
+    return evaluate
+
+
 def value_and_grad_fn(
     loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param
 ) -> Callable[..., Callable[[Any], tuple[Any, Any]]]:
     """What ``"bug"`` and ``"fixed_rank"`` ask for: the gradient at other parameters, for the same batch.
 
-    Take it *before* :func:`value_and_grad` changes the model, so that both evaluations see the same random numbers and
-    statistics::
+    :func:`value_and_two_grads` has it beside the first gradient. Take this one *before* :func:`value_and_grad` changes the
+    model, so that both evaluations see the same random numbers and statistics::
 
         again = nn.value_and_grad_fn(loss_fn)(model, x, y)
         loss, grads = nn.value_and_grad(loss_fn)(model, x, y)

@@ -7,6 +7,7 @@ import optax
 
 import tdlrt_jax
 from tdlrt_jax import Budget, RankPolicy, budget, capacity, initialization, ranks, report, rules, spectra, tucker
+from tdlrt_jax.gradients import StepGradients
 from tdlrt_jax.initialization import tucker_from_dense, tucker_normal, tucker_normalized, tucker_spectral
 
 KEY = jax.random.key(0)
@@ -162,6 +163,11 @@ TOP = {
         *[(step(accumulate=value), "accumulate") for value in (0, -1, 1.5, "x", None)],
         *[(step(compiler_options=value), "compiler_options") for value in (0, "x", ["xla_cpu_use_fusion_emitters"])],
         (lambda: step(accumulate=2)()(TREE, optax.sgd(0.1).init(TREE), jnp.ones(3)), "accumulate"),
+    ],
+    "gradients.StepGradients": [
+        *[(lambda v=value: StepGradients(accumulate=v), "accumulate") for value in (0, -1, 1.5, "x", None)],
+        (lambda: StepGradients(second_pass=True, cores_only=True), "second_pass"),
+        (lambda: StepGradients(cores_only=True, ranks_stay=True), "ranks_stay"),
     ],
     "to_dense": [(lambda v=value: tdlrt_jax.to_dense(v), "kernel") for value in ("x", None, {"w": KERNEL})],
     "value_and_grad": [(lambda v=value: tdlrt_jax.value_and_grad(v), "loss_fn") for value in (3, None, "x")],

@@ -22,7 +22,7 @@ REASONS = {
         *("step.StepInfo", "optimizer.TdlrtState", "baselines.pruning.PrunedState", "baselines.pruning.PruningRound"),
         *("conv.plans.Work", "dynamics.step.FlowStepInfo", "dynamics.solve.Statistics", "dynamics.solve.Trajectory"),
         *("report.LayerSummary", "report.Summary", "report.Total", "truncation.Truncated", "budget.BudgetState"),
-        *("galerkin.SecondGradient", "sensitivity.Sensitivity"),
+        *("galerkin.SecondGradient", "gradients.Evaluated", "sensitivity.Sensitivity"),
     ),
     _ASKS: (
         *("tucker.is_tucker", "baselines.cp.is_cp", "baselines.pruning.weights_of_layers", "arguments.shown"),
@@ -51,7 +51,7 @@ REASONS = {
             *(f"batching.{n}" for n in ("Batches", "few_and_large", "map_batched", "map_light")),
             *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
-        *("gradients.Evaluated", "moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
+        *("moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
         *("transport.core_moment", "transport.embed_moment", "transport.transport"),
         *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
         *(

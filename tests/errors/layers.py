@@ -197,6 +197,10 @@ NN = {
         *each(nn.value_and_grad, "loss_fn", (3, None)),
         *each(nn.value_and_grad(model_loss), "model", (3, None)),
     ],
+    "nn.value_and_two_grads": [
+        *each(nn.value_and_two_grads, "loss_fn", (3, None)),
+        *each(nn.value_and_two_grads(model_loss), "model", (3, None)),
+    ],
     "nn.value_and_grad_fn": [
         *each(nn.value_and_grad_fn, "loss_fn", (3, None)),
         *each(nn.value_and_grad_fn(model_loss), "model", (3, None)),

@@ -115,6 +115,30 @@ def test_the_second_evaluation_sees_the_same_random_numbers(batch):
     assert after != first  # the model's counters moved on
 
 
+def test_both_gradients_of_one_pass_are_those_of_two(batch):
+    """With dropout's random numbers, and statistics that move once."""
+    one, two = Network(nnx.Rngs(0), dropout=0.3), Network(nnx.Rngs(0), dropout=0.3)
+    again = tnn.value_and_grad_fn(loss_with_aux, has_aux=True)(one, *batch)
+    (loss, logits), grads = tnn.value_and_grad(loss_with_aux, has_aux=True)(one, *batch)
+    ((value, aux), both), second = tnn.value_and_two_grads(loss_with_aux, has_aux=True)(two, *batch)
+    assert float(loss) == pytest.approx(float(value), rel=1e-6)
+    np.testing.assert_allclose(logits, aux, atol=1e-6)
+    assert_trees_close(grads, both, 1e-6)
+    assert_trees_close(*(nnx.as_pure(nnx.split(model, nnx.Param, ...)[2]) for model in (one, two)))
+
+    params = nnx.as_pure(nnx.state(Network(nnx.Rngs(0)), nnx.Param))
+    at = jax.tree.map(
+        lambda node: tdlrt_jax.frame.core_frame(node) if isinstance(node, TuckerTensor) else node,
+        params,
+        is_leaf=lambda node: isinstance(node, TuckerTensor),
+    )
+    (expected, _), plain = again(at)
+    for evaluate in (second, second.at_same_network):
+        value, grads = evaluate(at)
+        assert float(value) == pytest.approx(float(expected), rel=1e-6)
+        np.testing.assert_allclose(grads["conv"]["kernel"].core, plain["conv"]["kernel"].core, atol=1e-6)
+
+
 def make_optimizer(model, integrator="bug", tolerance=0.1):
     tx = tnn.tdlrt(optax.sgd(0.1, momentum=0.5), integrator=integrator, tolerance=tolerance)
     return nnx.Optimizer(model, tx, wrt=nnx.Param)
