@@ -17,7 +17,7 @@ from experiments.options import (
     TdlrtConfig,
 )
 
-__all__ = ["LOCATIONS", "TrainConfig", "changed_by_more_epochs", "from_json"]
+__all__ = ["LOCATIONS", "TrainConfig", "changed_by_epochs", "from_json"]
 
 # Options that say where things are and how often they are saved, not what is computed: they may differ when a run is continued.
 LOCATIONS = (
@@ -92,13 +92,13 @@ def from_json(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**sections)
 
 
-def changed_by_more_epochs(config: TrainConfig) -> str | None:
-    """Why a run of more epochs is another one from the start; ``None`` if it goes through the epochs of the shorter one first.
+def changed_by_epochs(config: TrainConfig) -> str | None:
+    """Why a run of more or fewer epochs is another one from the start; ``None`` where the longer begins as the shorter.
 
     Example:
-      >>> changed_by_more_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="cosine")))
+      >>> changed_by_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="cosine")))
       '--schedule cosine lowers the learning rate over all of them'
-      >>> changed_by_more_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="plateau")))
+      >>> changed_by_epochs(TrainConfig(optimizer=OptimizerConfig(schedule="plateau")))
     """
     if config.model.method == "imp":
         return "--method imp trains for --epochs in every round"

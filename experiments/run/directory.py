@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LOCATIONS, TrainConfig, changed_by_more_epochs
+from experiments.config import LOCATIONS, TrainConfig, changed_by_epochs
 from experiments.run.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
@@ -58,7 +58,7 @@ class RunDirectory:
 
         Raises:
           RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other
-            options (more epochs apart, where they change nothing of those before), or holds something else.
+            options (another number of epochs apart, where that changes nothing of those before), or holds something else.
         """
         directory = cls(config.run.run_dir or default_path(config))
         stored = directory.config()
@@ -100,7 +100,7 @@ class RunDirectory:
             ) from None
 
     def extend(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Makes the run one of more epochs, if the options ask for more than it has; its result stays, named by its epochs.
+        """Makes the run one of more or fewer epochs, if the options ask for it; its result stays, named by its epochs.
 
         Raises:
           RunDirectoryError: if it cannot be written; nothing is lost, and the same command goes on from there.
@@ -215,8 +215,9 @@ class RunDirectory:
         given = config.to_json()
         names = [name for name in sorted(stored.keys() | given.keys()) if name not in LOCATIONS]
         differing = [name for name in names if stored.get(name) != given.get(name)]
-        if differing == ["epochs"] and given["epochs"] > stored["epochs"]:
-            reason = changed_by_more_epochs(config)
+        if differing == ["epochs"]:
+            finished = given["epochs"] < stored["epochs"] and (self.path / "result.json").exists()
+            reason = "it is finished" if finished else changed_by_epochs(config)
             if reason is None:
                 return
             raise RunDirectoryError(

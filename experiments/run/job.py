@@ -13,6 +13,7 @@ from experiments.run.devices import Devices, first_says, join_processes, take_de
 from experiments.run.directory import RunDirectory, RunDirectoryError, environment
 from experiments.run.endings import Outcome
 from experiments.run.interruption import Interruption
+from experiments.run.restoring import check_begun
 from experiments.run.training import Training
 
 __all__ = ["Outcome", "run"]
@@ -52,6 +53,7 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
             limit=config.data.limit,
         )
         training = Training(config, loaded, console, interruption, devices)
+        check_begun(directory, config.epochs, training.steps_per_epoch)
         if devices.leads:
             note = directory.extend if config.run.resume else directory.begin
             note(config.to_json(), environment(argv))

@@ -1,4 +1,4 @@
-"""Going on from the last checkpoint that can be read."""
+"""Going on from the last checkpoint that can be read, if that is what the options ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from experiments.run.devices import Devices
 from experiments.run.directory import RunDirectory, RunDirectoryError
 from tdlrt_jax import checkpoint
 
-__all__ = ["restore_last_good"]
+__all__ = ["check_begun", "restore_last_good"]
+
+
+def check_begun(directory: RunDirectory, epochs: int, steps_per_epoch: int) -> None:
+    """Raises ``RunDirectoryError`` for a run whose last checkpoint is of an epoch after the last one asked for."""
+    begun = -(-max(checkpoint.all_steps(directory.checkpoints), default=0) // steps_per_epoch)
+    if begun > epochs:
+        raise RunDirectoryError(
+            f"{directory.path} holds a run that is in epoch {begun}, which cannot be made one of {epochs}: expected "
+            f"--epochs {begun} or more. Nothing was changed"
+        )
 
 
 def restore_last_good(

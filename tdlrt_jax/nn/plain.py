@@ -100,7 +100,7 @@ def check_parameters(model: Any) -> None:
       model: what should be an ``nnx.Module``.
     """
     if isinstance(model, nnx.Optimizer) or not isinstance(model, nnx.Module):
-        hint = ": pass optimizer.model, or the model that it trains" if isinstance(model, nnx.Optimizer) else ""
+        hint = ": pass the model that it trains" if isinstance(model, nnx.Optimizer) else ""
         raise ValueError(f"model must be an nnx.Module that was trained, got a {type(model).__name__}{hint}")
     for path, node in nnx.iter_graph(model, graph=True):
         where = module_path(path)

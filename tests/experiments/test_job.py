@@ -200,6 +200,33 @@ def test_a_run_of_more_epochs_goes_through_those_of_the_shorter_one(tmp_path, no
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_run_of_fewer_epochs_ends_after_the_one_it_is_in(tmp_path, no_plots, monkeypatch, capsys):
+    """At the numbers of one that was begun so, whether it was stopped within an epoch or after one."""
+    shorter = [*TUCKER, "--schedule", "plateau"]
+    longer = [word if word != "2" else "5" for word in shorter]
+    assert run(*shorter, "--run-dir", tmp_path / "short") == 0
+    for name, steps in (("within", 8), ("after", 12)):
+        cut = tmp_path / name
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, steps, signal.SIGTERM)
+            assert run(*longer, "--run-dir", cut) == 143
+        before = fingerprint(cut)
+        one = [word if word != "2" else "1" for word in shorter]
+        assert run(*one, "--run-dir", cut, "--resume") == 2
+        assert "is in epoch 2, which cannot be made one of 1: expected --epochs 2 or more" in capsys.readouterr().err
+        assert fingerprint(cut) == before
+
+        assert run(*shorter, "--run-dir", cut, "--resume") == 0
+        assert [numbers(line) for line in lines(cut)] == [numbers(line) for line in lines(tmp_path / "short")]
+        chex.assert_trees_all_equal(saved_arrays(cut, 12), saved_arrays(tmp_path / "short", 12))
+        result, expected = (read_sealed(tmp_path / place / "result.json") for place in (name, "short"))
+        assert result["options"]["epochs"] == 2 and [entry["epochs"] for entry in result["extended"]] == [5]
+        assert "--epochs 2" in result["command"] and "--resume" not in result["command"]
+        assert result["layers"] == expected["layers"] and numbers(result["final"]) == numbers(expected["final"])
+    assert run(*one, "--run-dir", tmp_path / "short", "--resume") == 2
+    assert "which cannot be made one of 1: it is finished" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -219,7 +246,8 @@ def test_more_epochs_that_would_change_those_before_are_refused(options, reason,
     assert "holds a run of 2 epochs, which cannot be made one of 3" in message and reason in message
     fewer = [word if word != "2" else "1" for word in TINY]
     assert run(*fewer, *options, "--run-dir", tmp_path / "run", "--resume") == 2
-    assert "--epochs: 2 there, 1 given" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "holds a run of 2 epochs, which cannot be made one of 1" in message and reason in message
     assert fingerprint(tmp_path) == before
 
 

@@ -296,7 +296,7 @@ def test_what_cannot_be_deployed_is_named():
 def test_a_model_in_the_midst_of_training_is_refused():
     model = Everything(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tdlrt(optax.sgd(0.1), tolerance=0.1), wrt=nnx.Param)
-    with pytest.raises(ValueError, match=r"got a \w*Optimizer: pass optimizer.model"):
+    with pytest.raises(ValueError, match=r"got a \w*Optimizer: pass the model that it trains"):
         check_parameters(optimizer)
 
     class Trainer(nnx.Module):
