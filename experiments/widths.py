@@ -23,7 +23,20 @@ __all__ = ["comparable", "main", "markdown", "points"]
 Rows = Sequence[Mapping[str, Any]]  # of experiments.results_table
 
 # What results have to have in common for their accuracies to be compared.
-PROTOCOL = ("dataset", "limit", "augment", "batch_size", "optimizer", "learning_rate", "momentum", "schedule")
+PROTOCOL = (
+    *(
+        "dataset",
+        "limit",
+        "validation",
+        "augment",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "momentum",
+        "weight_decay",
+    ),
+    *("schedule", "patience", "plateau_of"),
+)
 
 
 def comparable(*paths: Path) -> Rows:
@@ -122,7 +135,8 @@ def _title(row: Mapping[str, Any]) -> str:
 
 
 def _fraction(width: float) -> str:
-    """
+    """A width as it is said.
+
     Example:
       >>> _fraction(0.25), _fraction(1.0), _fraction(0.3)
       ('1/4', '1', '3/10')

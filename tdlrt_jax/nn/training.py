@@ -285,7 +285,6 @@ def tdlrt_step(
     gradients = StepGradients(
         accumulate=accumulate, second_pass=second_pass, cores_only=cores_only, ranks_stay=ranks_stay
     )
-
     options = check_compiler_options(compiler_options)
 
     def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:

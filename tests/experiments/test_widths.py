@@ -82,6 +82,7 @@ def test_the_command_prints_and_draws(results, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"limit": 640}, r"limit is (640|None) in .* and (640|None) in .*one protocol"),
+        ({"patience": 3}, r"patience is .*3"),
         ({"learning_rate": 0.3}, r"learning_rate is .*0\.3"),
         ({"model": "perceptron"}, r"'perceptron'.*expected .*vgg16"),
         ({"method": "magic"}, r"'magic'.*expected .*tdlrt"),
