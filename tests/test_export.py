@@ -193,7 +193,7 @@ def test_models_that_are_not_ready_are_refused(x):
         export.serialize(model, x)
     model.eval()
     optimizer = nnx.Optimizer(model, tdlrt(optax.sgd(0.1), tolerance=0.1), wrt=nnx.Param)
-    with pytest.raises(ValueError, match=r"pass optimizer.model"):
+    with pytest.raises(ValueError, match=r"got a Optimizer: pass the model that it trains"):
         export.serialize(optimizer, x)
     with pytest.raises(ValueError, match="got a TdlrtState"):
         export.serialize(tdlrt(optax.sgd(0.1), tolerance=0.1).init(nnx.as_pure(nnx.state(model, nnx.Param))), x)
