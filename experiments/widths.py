@@ -24,18 +24,18 @@ Rows = Sequence[Mapping[str, Any]]  # of experiments.results_table
 
 # What results have to have in common for their accuracies to be compared.
 PROTOCOL = (
-    *(
-        "dataset",
-        "limit",
-        "validation",
-        "augment",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "momentum",
-        "weight_decay",
-    ),
-    *("schedule", "patience", "plateau_of"),
+    "dataset",
+    "limit",
+    "validation",
+    "augment",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "schedule",
+    "patience",
+    "plateau_of",
 )
 
 

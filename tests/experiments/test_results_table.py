@@ -17,6 +17,12 @@ def test_the_results_page_shows_the_committed_results():
     assert markdown(rows(RESULTS)) in RESULTS_PAGE.read_text()
 
 
+def test_the_results_page_shows_the_runs_on_all_images():
+    results = RESULTS.parent
+    found = rows(results / "table1" / "full" / "alexnet" / "tdlrt", results / "protocol")
+    assert markdown(found) in RESULTS_PAGE.read_text()
+
+
 def test_the_results_page_shows_every_method_under_the_whole_schedule():
     results = RESULTS.parent
     found = rows(results / "schedule", results / "importance" / "loss_70.json", results / "patience" / "dense_10.json")
