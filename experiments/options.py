@@ -21,6 +21,8 @@ __all__ = [
     "TdlrtConfig",
 ]
 
+# Networks made for large images, whose hidden linear layers are left out by default.
+_WITH_HIDDEN = ("alexnet", "vgg16")
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
 
 
@@ -86,6 +88,11 @@ class ModelConfig:
     """The network."""
     width: float = 1.0
     """Factor of all numbers of filters, for a narrower network (not of lenet5)."""
+    hidden_units: int = 0
+    """Of each of two linear layers before the classifier (of alexnet and vgg16), 4096 in the originals; 0 for none."""
+    dropout: float = 0.0
+    """Share of the features that is left out in training around hidden layers, or before the classifier where there are none (of
+    alexnet and vgg16); 0.5 in the originals."""
     method: Literal["tdlrt", "dense", "matrix_dlrt", "tucker", "matrix", "cp", "snip", "grasp", "imp"] = "tdlrt"
     """tdlrt: kernels in Tucker format, their ranks adapted during training. dense: the ordinary network. matrix_dlrt: as tdlrt,
     of kernels reshaped to matrices. tucker, matrix, cp: kernels in these formats with fixed ranks, all factors trained at once by
@@ -122,6 +129,14 @@ class ModelConfig:
             _at_least(self, name, 0.0, strict=True)
         _at_least(self, "least_rank", 1)
         _at_least(self, "norm_momentum", 0.0, high=0.9999)
+        _at_least(self, "hidden_units", 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout}: expected a rate in [0, 1)")
+        for name in ("hidden_units", "dropout"):
+            if (value := getattr(self, name)) and self.model not in _WITH_HIDDEN:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value}: not of {self.model}, expected --model {' or '.join(_WITH_HIDDEN)}"
+                )
         if self.model == "lenet5" and self.width != 1:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:
@@ -140,6 +155,11 @@ class ModelConfig:
             )
         if self.balanced and self.method != "tucker":
             raise ValueError(f"--balanced is for --method tucker, not {self.method}")
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether there are hidden linear layers."""
+        return self.model == "lenet5" or self.hidden_units > 0
 
     @property
     def parts(self) -> Method:

@@ -63,7 +63,11 @@ def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     if config.model != "lenet5":
         parts["width"] = config.width
         parts["norm"] = functools.partial(nnx.BatchNorm, momentum=config.norm_momentum)
-    elif config.parts.layer != "dense" and config.linear:
+    if config.hidden_units:
+        parts["hidden"] = (config.hidden_units,) * 2
+    if config.dropout:
+        parts["dropout"] = config.dropout
+    if config.has_hidden and config.parts.layer != "dense" and config.linear:
         parts["linear"] = functools.partial(TuckerLinear, rank=config.rank, initialization=config.initialization)
     model = _MODELS[config.model](
         num_classes=dataset.classes,

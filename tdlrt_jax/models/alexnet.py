@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from tdlrt_jax.arguments import check_integer, check_rngs
+from tdlrt_jax.models.hidden import check_rate, hidden_layers
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
 from tdlrt_jax.nn.normalization import conv_batch_norm
@@ -26,23 +27,25 @@ class AlexNet(nnx.Module):
 
     The convolutions are those of the one-tower network. Fitted to small images: the first stride is 2 instead of 4 and the
     poolings are 2x2 without overlap, so that 32x32 pixels become 16, 8 (pooled), 4 (pooled) and 2 (pooled); and the two hidden
-    linear layers of 4096 units, made for 224x224 pixels, are left out. The paper's statement that AlexNet has 16.8% of VGG16's
-    parameters is exactly the ratio of the convolutions' weights.
+    linear layers of 4096 units, made for 224x224 pixels, are left out unless asked for. The paper's statement that AlexNet has
+    16.8% of VGG16's parameters is exactly the ratio of the convolutions' weights.
 
     Args:
       num_classes: outputs.
       input_channels: channels of the images.
       input_shape: height and width of the images, multiples of 16 for nothing to be cut off.
       width: factor of all numbers of filters.
-      dropout: rate before the classifier; the original has 0.5 around its hidden linear layers.
+      hidden: units of linear layers with ReLU before the classifier, ``(4096, 4096)`` in the original.
+      dropout: rate before each of those, or before the classifier where there are none; the original has 0.5.
       conv: makes the convolutions, called as ``nnx.Conv`` is.
+      linear: makes the hidden layers, called as ``nnx.Linear`` is.
       classifier: makes the last layer, called as ``nnx.Linear`` is.
       norm: makes the normalizations, called as ``nnx.BatchNorm`` is; ``None`` for none, as in the original, and biases in
         their place.
       rngs: random keys.
 
     Raises:
-      ValueError: for images smaller than 16 pixels a side, or a width that is not positive.
+      ValueError: for images smaller than 16 pixels a side, a width or units that are not positive, or a rate out of [0, 1).
 
     Example:
       >>> from flax import nnx
@@ -60,8 +63,10 @@ class AlexNet(nnx.Module):
         input_channels: int = 3,
         input_shape: tuple[int, int] = (32, 32),
         width: float = 1.0,
+        hidden: Sequence[int] = (),
         dropout: float = 0.0,
         conv: Callable[..., Any] = nnx.Conv,
+        linear: Callable[..., Any] = nnx.Linear,
         classifier: Callable[..., Any] = nnx.Linear,
         norm: Callable[..., Any] | None = nnx.BatchNorm,
         rngs: nnx.Rngs,
@@ -90,16 +95,20 @@ class AlexNet(nnx.Module):
             channels = filters
         self.convs = nnx.List(convs)
         self.norms = nnx.List(norms)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = nnx.Dropout(check_rate("dropout", dropout), rngs=rngs)
         pixels = (input_shape[0] + 1) // 2 // 8 * ((input_shape[1] + 1) // 2 // 8)
-        self.classifier = classifier(channels * pixels, num_classes, rngs=rngs)
+        self.hidden, features = hidden_layers(channels * pixels, hidden, linear, rngs)
+        self.classifier = classifier(features, num_classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """``(batch, height, width, channels)`` to logits ``(batch, num_classes)``."""
         for (_, _, _, pooled), conv, norm in zip(LAYERS, self.convs, self.norms):
             x = jax.nn.relu(conv_batch_norm(conv, norm, x))
             x = max_pool(x) if pooled else x
-        return self.classifier(self.dropout(x.reshape(x.shape[0], -1)))
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.hidden:
+            x = jax.nn.relu(layer(self.dropout(x)))
+        return self.classifier(x if self.hidden else self.dropout(x))
 
 
 def _identity(x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from tdlrt_jax.arguments import check_integer, check_rngs
+from tdlrt_jax.models.hidden import check_rate, hidden_layers
 from tdlrt_jax.models.pooling import max_pool
 from tdlrt_jax.models.width import scaled
 from tdlrt_jax.nn.normalization import conv_batch_norm
@@ -24,22 +25,26 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG16(nnx.Module):
     """Five stages of 3x3 convolutions, batch normalization and ReLU, each ended by 2x2 max pooling; one linear classifier.
 
-    The hidden linear layers of the original, made for images of 224x224 pixels, are left out as is usual for small images:
-    after five poolings of 32x32 pixels one pixel of 512 channels is left.
+    The hidden linear layers of the original, made for images of 224x224 pixels, are left out unless asked for, as is usual for
+    small images: after five poolings of 32x32 pixels one pixel of 512 channels is left.
 
     Args:
       num_classes: outputs.
       input_channels: channels of the images.
       input_shape: height and width of the images, at least 32 each; what is left after the poolings is averaged.
       width: factor of all numbers of filters; ``0.25`` gives 16 to 128.
+      hidden: units of linear layers with ReLU before the classifier, ``(4096, 4096)`` in the original.
+      dropout: rate after each of those, or before the classifier where there are none; the original has 0.5.
       conv: makes the convolutions, called as ``nnx.Conv`` is; ``functools.partial(nn.TuckerConv, rank=0.25)`` for Tucker
         kernels.
+      linear: makes the hidden layers, called as ``nnx.Linear`` is.
       classifier: makes the last layer, called as ``nnx.Linear`` is.
       norm: makes the normalizations, called as ``nnx.BatchNorm`` is.
       rngs: random keys.
 
     Raises:
-      ValueError: for images that five poolings leave nothing of, or a width that is not positive.
+      ValueError: for images that five poolings leave nothing of, a width or units that are not positive, or a rate out of
+        [0, 1).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,7 +63,10 @@ class VGG16(nnx.Module):
         input_channels: int = 3,
         input_shape: tuple[int, int] = (32, 32),
         width: float = 1.0,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
         conv: Callable[..., Any] = nnx.Conv,
+        linear: Callable[..., Any] = nnx.Linear,
         classifier: Callable[..., Any] = nnx.Linear,
         norm: Callable[..., Any] = nnx.BatchNorm,
         rngs: nnx.Rngs,
@@ -78,7 +86,10 @@ class VGG16(nnx.Module):
             channels = filters
         self.convs = nnx.List(convs)
         self.norms = nnx.List(norms)
-        self.classifier = classifier(channels, num_classes, rngs=rngs)
+        self.hidden, features = hidden_layers(channels, hidden, linear, rngs)
+        self.classifier = classifier(features, num_classes, rngs=rngs)
+        # Without dropout the network has no random state.
+        self.dropout = nnx.Dropout(check_rate("dropout", dropout), rngs=rngs if dropout else None)
 
     def __call__(self, x: Array) -> Array:
         """``(batch, height, width, channels)`` to logits ``(batch, num_classes)``."""
@@ -88,4 +99,7 @@ class VGG16(nnx.Module):
                 conv, norm = next(layers)
                 x = jax.nn.relu(conv_batch_norm(conv, norm, x))
             x = max_pool(x)
-        return self.classifier(jnp.mean(x, axis=(-3, -2)))
+        x = jnp.mean(x, axis=(-3, -2))
+        for layer in self.hidden:
+            x = self.dropout(jax.nn.relu(layer(x)))
+        return self.classifier(x if self.hidden else self.dropout(x))

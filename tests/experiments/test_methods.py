@@ -241,3 +241,19 @@ def test_hidden_layers_are_pruned_where_others_compress_them_and_the_classifier_
     for linear, expected in ((True, ["conv1", "hidden"]), (False, ["conv1"])):
         config = ModelConfig(method="snip", compression=0.5, linear=linear)
         assert [name for name in kinds if is_pruned(config, kinds, name)] == expected
+
+
+@pytest.mark.parametrize("model", ["alexnet", "vgg16"])
+def test_hidden_layers_are_built_as_the_method_says(model):
+    """Their units and dropout as asked for, in Tucker format unless --no-linear."""
+    images = data.Images(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int32))
+    dataset = data.Dataset("none", images, None, images, 10, np.zeros(3), np.ones(3), "none")
+    for method, linear, low_rank in (("tdlrt", True, True), ("tdlrt", False, False), ("dense", True, False)):
+        config = ModelConfig(
+            model=model, width=1 / 32, method=method, linear=linear, rank=2, hidden_units=12, dropout=0.25
+        )
+        network = build_model(config, dataset, 0)
+        kernels = [layer.kernel.get_value() for layer in network.hidden]
+        assert [(to_dense(kernel) if low_rank else kernel).shape[-1] for kernel in kernels] == [12, 12]
+        assert [is_tucker(kernel) for kernel in kernels] == [low_rank] * 2
+        assert network.dropout.rate == 0.25 and network.classifier.in_features == 12

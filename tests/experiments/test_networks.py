@@ -51,12 +51,14 @@ class Case(NamedTuple):
     spatial: str  # "tucker": all four modes, as in the paper
     width: float
     tau: float
+    hidden: int = 0  # units of two hidden layers, in Tucker format too
+    dropout: float = 0.0
 
 
 CASES = (
     Case("alexnet", "bug", "tucker", 1 / 8, 0.5),
     Case("alexnet", "parallel", "whole", 1 / 8, 0.4),
-    Case("vgg16", "bug", "whole", 1 / 16, 0.2),
+    Case("vgg16", "bug", "whole", 1 / 16, 0.2, hidden=32, dropout=0.1),
     Case("vgg16", "parallel", "whole", 1 / 16, 0.3),
     Case("resnet18", "bug", "whole", 1 / 16, 0.3),
     Case("resnet18", "parallel", "whole", 1 / 16, 0.3),
@@ -77,7 +79,8 @@ class Training:
         optimizer = OptimizerConfig(optimizer="adam", learning_rate=0.005, schedule="constant", batch_size=BATCH)
         tdlrt = TdlrtConfig(tau=case.tau, integrator=case.integrator)
         self.per_epoch = IMAGES // BATCH
-        model = network(ModelConfig(model=case.model, width=case.width, rank=0.75, spatial=case.spatial))
+        hidden = {"hidden_units": case.hidden, "dropout": case.dropout}
+        model = network(ModelConfig(model=case.model, width=case.width, rank=0.75, spatial=case.spatial, **hidden))
         tx = build_optimizer(optimizer, tdlrt, self.per_epoch)
         transform = transform_of(dataset, crop=False, flip=False)
         self.programs, self.state = build_programs(model, tx, transform, seed=0)
@@ -117,7 +120,12 @@ def test_networks_train_on_cifar10(case, network, cifar):
     assert training.ranks() != before
     for name, kernel in training.kernels().items():
         assert orthonormality(kernel) < 1e-5, name
+    assert {name for name in training.kernels() if "hidden" in name} == {
+        f"hidden/{number}/kernel" for number in range(2 if case.hidden else 0)
+    }
     assert training.programs.compilations == 1
+    first, second = (training.programs.evaluate(training.state, training.data) for _ in range(2))
+    assert first == second, "nothing is dropped in evaluation"
     if case == RESIZED:
         check_resizing(training, losses[0])
 

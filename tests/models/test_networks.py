@@ -224,3 +224,83 @@ def test_alexnets_dropout_drops_half_of_the_features_in_training_alone():
         model.eval()
     nnx.update(dropping, nnx.state(plain, nnx.BatchStat))
     np.testing.assert_array_equal(forward(dropping, x), forward(plain, x))
+
+
+# Hidden layers.
+
+
+@pytest.mark.parametrize(("network", "features"), [(VGG16, 512), (AlexNet, 1024)])
+def test_the_originals_hidden_layers_can_be_asked_for(network, features):
+    plain, found = params(network), params(network, hidden=(4096, 4096))
+    hidden = {path: leaf.shape for path, leaf in found.items() if path[0] == "hidden"}
+    assert hidden == {
+        ("hidden", 0, "kernel"): (features, 4096),
+        ("hidden", 0, "bias"): (4096,),
+        ("hidden", 1, "kernel"): (4096, 4096),
+        ("hidden", 1, "bias"): (4096,),
+    }
+    assert found["classifier", "kernel"].shape == (4096, 10)
+    assert {path for path in found if path[0] not in ("hidden", "classifier")} == {
+        path for path in plain if path[0] != "classifier"
+    }
+
+
+def dropped(network, layer, **options):
+    """What share of the inputs of ``layer``, "hidden" or "classifier", is dropped in training; these are all positive."""
+    shares = {}
+
+    def spy(name):
+        def build(inputs, outputs, *, rngs):
+            def call(x):
+                shares[name] = np.mean(np.asarray(x) == 0)
+                return jnp.ones((x.shape[0], outputs))
+
+            return call
+
+        return build
+
+    norm = lambda features, rngs: lambda x: jnp.ones_like(x)  # noqa: E731
+    model = network(
+        width=1.0, linear=spy("hidden"), classifier=spy("classifier"), norm=norm, rngs=nnx.Rngs(0), **options
+    )
+    model(jnp.ones((4, 32, 32, 3)))
+    return shares.get(layer)
+
+
+@pytest.mark.parametrize("network", [VGG16, AlexNet])
+def test_dropout_is_where_the_original_has_it(network):
+    """Of AlexNet before hidden layers, of VGG16 after them; without any, before the classifier."""
+    cheap = {"conv": lambda channels, filters, *, rngs, strides=(1, 1), **_: _strided(filters, strides)}
+    rate = functools.partial(dropped, network, dropout=0.25, **cheap)
+    assert rate("hidden") is None
+    assert 0.2 < rate("classifier") < 0.3
+    for layer, drops in (("hidden", network is AlexNet), ("classifier", network is VGG16)):
+        share = rate(layer, hidden=(1000,))
+        assert 0.2 < share < 0.3 if drops else share == 0, layer
+    assert dropped(network, "classifier", **cheap) == 0
+
+
+def _strided(filters, strides):
+    """Stands for a convolution where only shapes matter."""
+    return lambda x: jnp.ones((*x[:, :: strides[0], :: strides[1]].shape[:3], filters))
+
+
+@pytest.mark.parametrize("network", [VGG16, AlexNet])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 4096}, r"hidden=4096: expected units of hidden layers, 1 or more"),
+        ({"hidden": (64, 0)}, r"hidden=\(64, 0\): expected units of hidden layers, 1 or more"),
+        ({"dropout": 1.0}, r"dropout=1\.0: expected a rate in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout=-0\.1: expected a rate in \[0, 1\)"),
+        ({"dropout": "half"}, r"dropout='half': expected a rate in \[0, 1\)"),
+    ],
+)
+def test_hidden_layers_and_rates_that_cannot_be_are_refused(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        network(width=TINY, rngs=nnx.Rngs(0), **options)
+
+
+def test_networks_without_dropout_have_no_random_state():
+    model = VGG16(width=TINY, hidden=(8,), rngs=nnx.Rngs(0))
+    assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
