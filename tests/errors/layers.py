@@ -415,6 +415,15 @@ MODELS = {
     ]
     for model in (models.AlexNet, models.LeNet5, models.ResNet18, models.VGG16)
 }
+for _model in (models.AlexNet, models.VGG16):
+    MODELS[f"models.{_model.__name__}"] += [
+        *each(lambda v, m=_model: m(hidden=v, rngs=RNGS()), "hidden", (4096, (0,), "x")),
+        *each(lambda v, m=_model: m(dropout=v, rngs=RNGS()), "dropout", (1.0, -0.1, NAN, "x", None)),
+    ]
+MODELS["models.hidden.hidden_layers"] = each(
+    lambda v: models.hidden.hidden_layers(4, v, nnx.Linear, RNGS()), "hidden", (4096, (0,), "x", None)
+)
+MODELS["models.hidden.check_rate"] = each(lambda v: models.hidden.check_rate("dropout", v), "dropout", (1.0, NAN, "x"))
 MODELS["models.width.scaled"] = each(lambda v: models.width.scaled(64, v), "width", (0, -1, NAN, "x", None))
 MODELS["models.pooling.max_pool"] = [
     *each(models.pooling.max_pool, "x", (None, jnp.ones(3))),
