@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-PYTEST_PARALLEL ?= -n 2 --dist loadfile
+PYTEST_PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 # Small factorizations on the CPU are many times slower where OpenBLAS's threads compete with other processes.
 export OPENBLAS_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
