@@ -78,3 +78,20 @@ def test_files_that_are_no_results_are_named(tmp_path):
     (tmp_path / "broken.json").write_text(json.dumps({"options": {}}))
     with pytest.raises(ValueError, match=r"broken.json is not a result"):
         rows(tmp_path)
+
+
+def test_the_results_page_shows_what_the_norm_of_initial_kernels_changes():
+    """AlexNet at a quarter of its width; the line of each run of gain 1 is among those of the widths."""
+    found = [RESULTS.parent / "width" / name for name in ("alexnet_quarter_dense.json", "alexnet_quarter_loss.json")]
+    found += sorted((RESULTS.parent / "alexnet").glob("quarter_*_gain_*.json"))
+    assert len(found) > 2
+    for path in found:
+        result = json.loads(path.read_text())
+        name = {"dense": "dense", "tdlrt": "TDLRT, 90% saved"}[result["options"]["method"]]
+        rates = [epoch["learning_rate"] for epoch in result["epochs"]]
+        lowered = [str(number) for number in range(1, len(rates)) if rates[number] < rates[number - 1]]
+        last = result["epochs"][-1]
+        accuracies = [f"{100 * last[f'{of}_accuracy']:.1f}" for of in ("train", "validation", "test")]
+        gain = f"{result['options']['gain']:.3g}"
+        line = f"| {name} | {gain} | {', '.join(lowered) or 'never'} | {', '.join(accuracies)} |"
+        assert line in RESULTS_PAGE.read_text(), line
