@@ -123,3 +123,18 @@ def test_low_rank_kernels_are_ahead_of_smaller_dense_networks():
                 pairs += 1
                 assert low_rank["test"].mean > dense["test"].mean - 1.0
     assert pairs >= 4
+
+
+def test_a_network_with_hidden_layers_is_another_one():
+    """Results of before there were such options are of networks without."""
+    places = (
+        RESULTS.parent / "width" / "alexnet_full_dense.json",
+        RESULTS.parent / "alexnet" / "full_dense_hidden_4096.json",
+    )
+    with pytest.raises(ValueError, match=r"hidden_units is 0 in .* and 4096 in "):
+        widths.comparable(*places)
+    quarter = (
+        RESULTS.parent / "width" / "alexnet_quarter_dense.json",
+        RESULTS.parent / "alexnet" / "quarter_tucker.json",
+    )
+    assert len(widths.comparable(*quarter)) == 2
