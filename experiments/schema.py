@@ -55,6 +55,10 @@ def check_config(config: Any) -> None:
     _check(config, "config", dict)
     _check_options(config.get("options", {}))
     _check(config.get("extended", []), "extended", list)
+    _check(config.get("continued", []), "continued", list)
+    for stretch in config.get("continued", []):
+        _check(stretch, "continued", dict)
+        _check_place(stretch)
     command = config.get("command")
     if command is None:
         return
@@ -72,18 +76,10 @@ def check_result(result: Any) -> None:
     check_records([result.get("final", {})], "final")
     _check(result.get("epochs", []), "epochs", list)
     check_records(result.get("epochs", []), "epochs")
-    for name, kinds in (
-        ("hardware", str),
-        ("commit", (str, type(None))),
-        ("started", str),
-        ("data", str),
-        ("seed", int),
-    ):
+    _check_place(result)
+    for name, kind in (("data", str), ("seed", int), ("images", dict)):
         if name in result:
-            _check(result[name], name, kinds)
-    for name in ("versions", "images"):
-        if name in result:
-            _check(result[name], name, dict)
+            _check(result[name], name, kind)
 
 
 def check_records(records: Iterable[Any], where: str) -> None:
@@ -122,6 +118,13 @@ def check_links(directory: Path) -> None:
             raise ValueError(
                 f"{path} is a link to {path.resolve()}, outside of {directory}: remove it, or put what it leads to there"
             )
+
+
+def _check_place(stretch: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for fields of the wrong types that say where and when something ran."""
+    for name, kinds in (("hardware", str), ("commit", (str, type(None))), ("started", str), ("versions", dict)):
+        if name in stretch:
+            _check(stretch[name], name, kinds)
 
 
 def _check_options(options: Any) -> None:

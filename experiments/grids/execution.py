@@ -175,7 +175,8 @@ class _Execution:
         if not history or history[-1]["epoch"] <= child.epochs:
             return
         stored = directory.config() or {}
-        self.pace.learn(child.run.name, stored.get("hardware"), history, here=True)
+        place = [stored, *stored.get("continued", [])][-1]
+        self.pace.learn(child.run.name, place.get("hardware"), history, here=True)
         total = child.run.epochs
         self.left[child.run.name] = max(0, total - len(history))
         left = duration(self.pace.left(self.left.items(), self.jobs))

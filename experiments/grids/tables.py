@@ -147,14 +147,14 @@ class Sources:
         self._letters: dict[tuple[str, str, str], str] = {}
 
     def of(self, results: Iterable[Mapping[str, Any]]) -> str:
-        """The letters of where results are from."""
-        letters = []
-        for result in results:
-            jax = (result.get("versions") or {}).get("jax", "?")
-            commit, _, changed = (result.get("commit") or "").partition(" ")
+        """The letters of where results are from, all stretches of their runs."""
+        letters: list[str] = []
+        for place in [place for result in results for place in (result, *result.get("continued", []))]:
+            jax = (place.get("versions") or {}).get("jax", "?")
+            commit, _, changed = (place.get("commit") or "").partition(" ")
             commit = f"commit {commit[:12]} {changed}".strip() if commit else "no commit"
-            key = (result.get("hardware") or "unknown hardware", commit, jax)
-            letter = self._letters.setdefault(key, string.ascii_lowercase[len(self._letters) % 26])
+            key = (place.get("hardware") or "unknown hardware", commit, jax)
+            letter = self._letters.setdefault(key, _letters(len(self._letters)))
             if letter not in letters:
                 letters.append(letter)
         return ", ".join(letters)
@@ -164,6 +164,12 @@ class Sources:
         return "\n".join(
             f"- {letter}: {hardware}; {commit}, jax {jax}" for (hardware, commit, jax), letter in self._letters.items()
         )
+
+
+def _letters(number: int) -> str:
+    """A name of letters: ``"a"`` to ``"z"``, then ``"aa"``, ``"ab"``, ..."""
+    before, last = divmod(number, 26)
+    return (_letters(before - 1) if before else "") + string.ascii_lowercase[last]
 
 
 def shrunk(rows: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:

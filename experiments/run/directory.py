@@ -21,6 +21,7 @@ from experiments.sealed import DamagedFileError, read_sealed, write_sealed, writ
 __all__ = ["RunDirectory", "RunDirectoryError", "environment"]
 
 _PACKAGES = ("tdlrt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+_PLACE = ("commit", "versions", "hardware", "settings")  # what numbers of a stretch of a run may depend on
 
 
 class RunDirectoryError(ValueError):
@@ -53,6 +54,11 @@ class RunDirectory:
         return self.path / "plots"
 
     @classmethod
+    def of(cls, config: TrainConfig) -> RunDirectory:
+        """The directory that the options name, or a new one. Looks at nothing."""
+        return cls(config.run.run_dir or default_path(config))
+
+    @classmethod
     def open(cls, config: TrainConfig) -> RunDirectory:
         """The directory of a new run, or of one to be continued. Looks only; writes nothing.
 
@@ -60,7 +66,7 @@ class RunDirectory:
           RunDirectoryError: if it holds a run and ``--resume`` is not given, holds none and it is, holds one with other
             options (another number of epochs apart, where that changes nothing of those before), or holds something else.
         """
-        directory = cls(config.run.run_dir or default_path(config))
+        directory = cls.of(config)
         stored = directory.config()
         if config.run.resume:
             if stored is None:
@@ -99,30 +105,38 @@ class RunDirectory:
                 f"{self.path} cannot be written ({error.strerror}): name another directory with --run-dir, or make room there"
             ) from None
 
-    def extend(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Makes the run one of more or fewer epochs, if the options ask for it; its result stays, named by its epochs.
+    def go_on(self, options: dict[str, Any], environment: dict[str, Any], step: int) -> None:
+        """Notes what a run that goes on does so with: another commit or machine, or more or fewer epochs.
+
+        A result stays then, named by its epochs.
+
+        Args:
+          options: those given now.
+          environment: see :func:`environment`.
+          step: after which it goes on.
 
         Raises:
           RunDirectoryError: if it cannot be written; nothing is lost, and the same command goes on from there.
         """
         stored = self.config() or {}
+        changed: dict[str, Any] = {}
+        before = [stored, *stored.get("continued", [])][-1]
+        if any(before.get(name) != environment[name] for name in _PLACE):
+            place = {name: environment[name] for name in (*_PLACE, "started")}
+            changed["continued"] = [*stored.get("continued", []), {"step": step, **place}]
         epochs = stored["options"].get("epochs", options["epochs"])
-        if options["epochs"] == epochs:
+        if options["epochs"] != epochs:
+            words = [word for word in shlex.split(environment["command"]) if word != "--resume"]
+            extended = {"epochs": epochs, "commit": environment["commit"], "started": environment["started"]}
+            changed["options"] = {**stored["options"], "epochs": options["epochs"]}
+            changed["command"] = shlex.join(words)
+            changed["extended"] = [*stored.get("extended", []), extended]
+        if not changed:
             return
-        words = [word for word in shlex.split(environment["command"]) if word != "--resume"]
-        extended = {"epochs": epochs, "commit": environment["commit"], "started": environment["started"]}
         try:
-            if (self.path / "result.json").exists():
+            if "extended" in changed and (self.path / "result.json").exists():
                 (self.path / "result.json").rename(self.path / f"result-{epochs}-epochs.json")
-            write_sealed(
-                self.path / "config.json",
-                {
-                    **stored,
-                    "options": {**stored["options"], "epochs": options["epochs"]},
-                    "command": shlex.join(words),
-                    "extended": [*stored.get("extended", []), extended],
-                },
-            )
+            write_sealed(self.path / "config.json", {**stored, **changed})
         except OSError as error:
             raise RunDirectoryError(
                 f"{self.path} cannot be written ({error.strerror}): make room there, and give the same command again"

@@ -109,12 +109,12 @@ class Ending:
         """
         self._plot(history, spectra)
         stored = self.directory.config() or {}
-        result = {
+        result: dict[str, Any] = {
             **{
                 key: stored[key]
                 for key in ("options", "command", "commit", "versions", "hardware", "settings", "started")
             },
-            **{key: stored[key] for key in ("extended",) if key in stored},
+            **{key: stored[key] for key in ("extended", "continued") if key in stored},
             "seed": self.config.run.seed,
             **data,
             "layers": [{**layer._asdict(), "compression": layer.compression} for layer in summary],

@@ -53,10 +53,14 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
             limit=config.data.limit,
         )
         training = Training(config, loaded, console, interruption, devices)
-        check_begun(directory, config.epochs, training.steps_per_epoch)
+        if config.run.resume:
+            check_begun(directory, config.epochs, training.steps_per_epoch)
+            training.restore(directory)
         if devices.leads:
-            note = directory.extend if config.run.resume else directory.begin
-            note(config.to_json(), environment(argv))
+            if config.run.resume:
+                directory.go_on(config.to_json(), environment(argv), training.global_step)
+            else:
+                directory.begin(config.to_json(), environment(argv))
         return training.run(directory)
 
 

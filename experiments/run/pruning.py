@@ -48,17 +48,20 @@ class Pruning:
         )
         self._config, self._kinds, self._descent = config, kinds, descent
 
-    def optimizer(self, model: nnx.Module, data: DeviceImages, transform: Transform) -> Any:
+    def optimizer(
+        self, model: nnx.Module, data: DeviceImages, transform: Transform, *, masks_follow: bool = False
+    ) -> Any:
         """The optimizer of a run's first round, with its masks.
 
         Args:
           model: in training mode, as initialized.
           data: the training images, of which the first ``score_images`` in the order of the first epoch are looked at.
           transform: standardization; scores see neither crops nor flips.
+          masks_follow: whether a checkpoint is going to replace the masks: nothing is pruned then.
         """
         parts: Any = nnx.split(model, nnx.Param, ...)
         graphdef, params, model_state = parts
-        if self.method == "imp" or self._config.run.resume:  # a run that goes on has its masks in its checkpoint
+        if self.method == "imp" or masks_follow:
             scores, density = magnitude_scores(params, prunable=self._prunable), 1.0
         else:
             order = epoch_order(self._config.run.seed, 0, len(data.labels), self._images(data))[0]

@@ -39,7 +39,7 @@ def restore_last_good(
       What ``restore`` returned; ``None`` where there is no checkpoint.
 
     Raises:
-      RunDirectoryError: if there are checkpoints, and all of them are damaged.
+      RunDirectoryError: if there are checkpoints, and all of them are damaged; if there are none, and there were some.
     """
     damaged: dict[int, checkpoint.DamagedError] = {}
     metadata = None
@@ -50,7 +50,9 @@ def restore_last_good(
             break
         except checkpoint.DamagedError as error:
             damaged[step] = error
-    if steps and metadata is None:
+    if not steps:
+        _check_none_is_missing(directory)
+    elif metadata is None:
         problems = "\n".join(f"  {problem}" for problem in damaged.values())
         raise RunDirectoryError(
             f"no checkpoint of {directory.path} can be read:\n{problems}\n"
@@ -61,3 +63,16 @@ def restore_last_good(
         aside = f"Kept as {directory.put_aside(f'checkpoints/{step}')}" if devices.leads else ""
         console.print(f"{problem}. {aside}", soft_wrap=True, highlight=False)
     return metadata
+
+
+def _check_none_is_missing(directory: RunDirectory) -> None:
+    """Raises ``RunDirectoryError`` for a run without checkpoints that has more than one killed before its first has."""
+    metrics = directory.path / "metrics.jsonl"
+    epochs = len(metrics.read_text(errors="replace").splitlines()) if metrics.exists() else 0
+    finished = (directory.path / "result.json").exists()
+    if epochs > 1 or finished:  # an epoch's line is written before its checkpoint
+        state = "is finished" if finished else f"has the metrics of {epochs} epochs"
+        raise RunDirectoryError(
+            f"{directory.path} {state}, but has no checkpoint to go on from: expected one in {directory.checkpoints}. "
+            "Put it back, or start the run anew in another --run-dir. Nothing was changed"
+        )

@@ -97,7 +97,7 @@ class Training:
                 tx = build_descent(config.optimizer, self.steps_per_epoch)
             if config.model.parts.pruning:
                 self.pruning = Pruning(config, self.kinds, tx)
-                tx = self.pruning.optimizer(model, self.train, transform)
+                tx = self.pruning.optimizer(model, self.train, transform, masks_follow=_has_checkpoint(config))
             self.programs, self.state = build_programs(
                 model,
                 tx,
@@ -122,11 +122,13 @@ class Training:
         self.history: list[dict[str, Any]] = []
 
     def run(self, directory: RunDirectory) -> Outcome:
-        """Trains to the end, or until a signal, a number that is not finite, or a file that cannot be written."""
+        """Trains to the end, or until a signal, a number that is not finite, or a file that cannot be written.
+
+        Args:
+          directory: of the run, begun; of one that is resumed, :meth:`restore` has taken the state.
+        """
         self.directory = directory
         self.ending = Ending(self.config, directory, self.console, self.steps_per_epoch)
-        if self.config.run.resume:
-            self._restore()
         self._announce()
         try:
             return self._train()
@@ -135,7 +137,7 @@ class Training:
 
     def _announce(self) -> None:
         sizes = f"{len(self.loaded.train.labels):,} training and {len(self.loaded.test.labels):,} test images"
-        start = f"continuing after step {self._global_step()}" if self.config.run.resume else "starting"
+        start = f"continuing after step {self.global_step}" if self.config.run.resume else "starting"
         model = self.config.model
         on = f"; {self.devices}" if self.devices.count > 1 else ""
         self.console.print(
@@ -146,11 +148,11 @@ class Training:
 
     def _train(self) -> Outcome:
         """All epochs that are left."""
-        purge_step = self._global_step() + 1 if self.config.run.resume else None
+        purge_step = self.global_step + 1 if self.config.run.resume else None
         writer = EventFile(self.directory.tensorboard, purge_step) if self.devices.leads else None
         epochs = self.config.epochs
         try:
-            with Display(self.console, epochs, self.steps_per_epoch, self._global_step()) as display:
+            with Display(self.console, epochs, self.steps_per_epoch, self.global_step) as display:
                 while self.epoch < epochs:
                     if not self._train_epoch(display):
                         return self._interrupted()
@@ -241,7 +243,7 @@ class Training:
             self.sums.skipped_in_a_row = 0
             self.sums.loss += float(report.loss)
             self.sums.correct += int(report.correct)
-            display.step(self.epoch + 1, self._global_step(), float(report.loss))
+            display.step(self.epoch + 1, self.global_step, float(report.loss))
             self.sums.pressing_steps += bool(report.status & RANK_AT_CAPACITY)
             self.status |= int(report.status)
 
@@ -261,7 +263,7 @@ class Training:
         started = time.monotonic()
         test_loss, test_accuracy = self.programs.evaluate(self.state, self.held_out["test"])
         self.sums.seconds -= time.monotonic() - started  # an epoch's seconds are those of its steps
-        self.sums.add_point(self._global_step(), self.config.optimizer.batch_size, test_loss, test_accuracy)
+        self.sums.add_point(self.global_step, self.config.optimizer.batch_size, test_loss, test_accuracy)
 
     def _close_epoch(self, display: Display, writer: EventFile | None) -> None:
         """Evaluates, records, fits the arrays to the ranks, and saves, in this order."""
@@ -279,7 +281,7 @@ class Training:
             self.state.opt_state,
             record.get("validation_loss"),
             self._place,
-            ranks_fall=self.timetable.ranks_fall(self._global_step()),
+            ranks_fall=self.timetable.ranks_fall(self.global_step),
         )
         self.state = self.state._replace(opt_state=after)
         if self.adaptive and self.config.tdlrt.resize:
@@ -289,8 +291,8 @@ class Training:
                     here,
                     self.config.tdlrt.max_rank,
                     grow=self.sums.pressing_steps > 0,
-                    settled=self.timetable.ranks_have_settled(self._global_step()),
-                    steps_left=self.timetable.steps_at_new_sizes(self._global_step()),
+                    settled=self.timetable.ranks_have_settled(self.global_step),
+                    steps_left=self.timetable.steps_at_new_sizes(self.global_step),
                     compilation_steps=self.config.tdlrt.compilation_steps,
                 )
             if fitted is not here:
@@ -320,7 +322,7 @@ class Training:
         started = time.monotonic()
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
-            "step": self._global_step(),
+            "step": self.global_step,
             **self.sums.means(self.config.optimizer.batch_size),
         }
         for name, images_ in self.held_out.items():
@@ -368,11 +370,13 @@ class Training:
 
     # Checkpoints.
 
-    def _global_step(self) -> int:
+    @property
+    def global_step(self) -> int:
+        """Steps done, of all epochs."""
         return self.epoch * self.steps_per_epoch + self.sums.steps
 
     def _save(self) -> None:
-        step = self._global_step()
+        step = self.global_step
         if step not in checkpoint.all_steps(self.directory.checkpoints):
             metadata = {
                 "epoch": self.epoch,
@@ -396,11 +400,15 @@ class Training:
         self.state = self.devices.replicate(self.devices.local(TrainState(**stored)))
         return metadata
 
-    def _restore(self) -> None:
-        """Continues from the last checkpoint that is not damaged; a run stopped before its first one starts anew."""
+    def restore(self, directory: RunDirectory) -> None:
+        """Takes the state of the last checkpoint that is not damaged; a run stopped before its first one starts anew.
+
+        Raises:
+          RunDirectoryError: if there is nothing to go on from where there should be; nothing is changed then.
+        """
         metadata = restore_last_good(
-            self.directory,
-            lambda step: self.restore_state(self.directory.checkpoints, step),
+            directory,
+            lambda step: self.restore_state(directory.checkpoints, step),
             self.devices,
             self.console,
         )
@@ -410,9 +418,9 @@ class Training:
         self.history = (metadata or {}).get("history") or []
         if self.devices.leads:
             if len(self.history) == self.epoch:
-                self.directory.write_history(self.history)
+                directory.write_history(self.history)
             else:  # a checkpoint of an earlier version
-                self.history = self.directory.cut_history(self.epoch)
+                self.history = directory.cut_history(self.epoch)
 
     # Ends.
 
@@ -442,3 +450,8 @@ class Training:
             spectra=spectra,
             status=self.status,
         )
+
+
+def _has_checkpoint(config: TrainConfig) -> bool:
+    """Whether a run is resumed that was saved before."""
+    return config.run.resume and bool(checkpoint.all_steps(RunDirectory.of(config).checkpoints))

@@ -107,6 +107,53 @@ def test_where_all_checkpoints_are_damaged_nothing_is_changed(copy, capsys):
     assert content(copy) == before
 
 
+def test_where_checkpoints_are_gone_nothing_is_changed(copy, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    before = content(copy)
+    assert run(copy, "--resume") == 2
+    message = capsys.readouterr().err
+    assert (
+        "has the metrics of 3 epochs, but has no checkpoint to go on from" in message
+        and "Nothing was changed" in message
+    )
+    assert content(copy) == before
+
+
+def test_a_finished_run_stays_finished_where_it_cannot_go_on(tmp_path, capsys):
+    """With more epochs asked for, and checkpoints damaged or gone."""
+    directory, options = tmp_path / "run", ["--schedule", "plateau", "--epochs"]
+    assert run(directory, *options, "1") == 0
+    for path in (directory / "checkpoints").rglob("metadata"):
+        truncate(path)
+    before = content(directory)
+    assert run(directory, *options, "2", "--resume") == 2
+    message = capsys.readouterr().err
+    assert "no checkpoint of" in message and "Nothing was changed" in message and content(directory) == before
+    shutil.rmtree(directory / "checkpoints")
+    before = content(directory)
+    assert run(directory, *options, "2", "--resume") == 2
+    assert "is finished, but has no checkpoint to go on from" in capsys.readouterr().err
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_a_pruned_run_killed_before_its_first_checkpoint_is_pruned_again(method, tmp_path, monkeypatch):
+    options = ["--method", method, "--compression", "0.9", "--score-images", "32", "--epochs", "1"]
+    assert run(tmp_path / "whole", *options) == 0
+
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", die)
+        assert run(tmp_path / "killed", *options) == 130
+    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert run(tmp_path / "killed", *options, "--resume") == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert arrays(tmp_path / "killed") == arrays(tmp_path / "whole")
+    assert numbers(tmp_path / "whole")[0][-1]["compression_all"] > 0.85
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 def test_damaged_metrics_come_back_from_the_checkpoint(whole, copy, damage):
     damage(copy / "metrics.jsonl")

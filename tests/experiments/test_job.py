@@ -227,6 +227,25 @@ def test_a_run_of_fewer_epochs_ends_after_the_one_it_is_in(tmp_path, no_plots, m
     assert "which cannot be made one of 1: it is finished" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path):
+    directory, options = RunDirectory(tmp_path / "run"), TrainConfig().to_json()
+    here = environment([])
+    there = {**here, "hardware": "another machine", "started": "later"}
+    directory.begin(options, here)
+    begun = directory.config()
+    directory.go_on(options, {**here, "started": "later"}, 3)
+    assert directory.config() == begun
+    for step, place in ((5, there), (7, there), (9, here)):
+        directory.go_on(options, place, step)
+    stored = directory.config()
+    assert {**stored, "continued": []} == {**begun, "continued": []}
+    assert [(place["step"], place["hardware"]) for place in stored["continued"]] == [
+        (5, "another machine"),
+        (9, here["hardware"]),
+    ]
+    assert stored["continued"][0]["commit"] == here["commit"] and stored["continued"][0]["started"] == "later"
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

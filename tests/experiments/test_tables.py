@@ -188,6 +188,10 @@ def test_small_parts():
     sources = Sources()
     assert sources.of([{}, {}]) == "a" and sources.of([{"commit": "c"}, {}]) == "b, a"
     assert sources.text() == "- a: unknown hardware; no commit, jax ?\n- b: unknown hardware; commit c, jax ?"
+    elsewhere = {"hardware": "abacus", "continued": [{"hardware": "slide rule"}, {"hardware": "abacus"}]}
+    assert Sources().of([elsewhere]) == "a, b"
+    many = Sources()
+    assert [many.of([{"hardware": str(number)}]) for number in range(54)][24:54:14] == ["y", "am", "ba"]
     latex = latex_table([("A & B", ["x", "y"])], [["m_1", "1%", "τ"]])
     assert "\\multicolumn{2}{c}{A \\& B}" in latex and "m\\_1 & 1\\% & $\\tau$ \\\\" in latex and "{lrr}" in latex
 
