@@ -108,6 +108,7 @@ class BudgetState(NamedTuple):
 
     start: Array  # float32 scalar, numbers stored in the kernels at the beginning
     ceiling: dict[str, Array]  # int32 (d,) a kernel, ranks not to exceed
+    look: Array  # int32, the step of the last look
     sensitivity: Any = ()  # a tdlrt_jax.sensitivity.Sensitivity where the loss decides
 
 
@@ -151,7 +152,8 @@ def initial_state(
     measured = (
         sensitivity.start(list(kernels), [len(plan.shape) for plan in plans]) if budget.importance == "loss" else ()
     )
-    return BudgetState(start, {name: jnp.array(plan.shape, jnp.int32) for name, plan in zip(kernels, plans)}, measured)
+    ceiling = {name: jnp.array(plan.shape, jnp.int32) for name, plan in zip(kernels, plans)}
+    return BudgetState(start, ceiling, jnp.zeros((), jnp.int32), measured)
 
 
 def allowed(budget: Budget, state: BudgetState, params: Any, plans: Sequence[Plan], step: Array) -> Array:

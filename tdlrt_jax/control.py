@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax import sensitivity
-from tdlrt_jax.arguments import check_integer
+from tdlrt_jax.arguments import check_integer, shown
 from tdlrt_jax.batching import map_batched
 from tdlrt_jax.budget import Budget, BudgetState, Plan, allowed, fit_ranks, initial_state, mode_energies, plan_budget
 from tdlrt_jax.integrators import Galerkin, Truncation
 from tdlrt_jax.integrators.bug import existing, stepped_core
-from tdlrt_jax.paths import KernelTree
+from tdlrt_jax.paths import KernelTree, masked_paths
 from tdlrt_jax.ranks import RankPolicy, check_policy, check_tolerance, per_mode
 from tdlrt_jax.rules import Rule, check_rules_match, layer_path, rule_for
 from tdlrt_jax.tucker import TuckerTensor, active_rank
@@ -63,17 +63,29 @@ class RankControl:
 
     # At the start.
 
-    def check(self, tree: KernelTree) -> None:
+    def check(self, tree: KernelTree, params: Any) -> None:
         """Raises ``ValueError`` for bounds and rules that do not fit the kernels, naming them."""
+        hidden = masked_paths(params)
+        if isinstance(self.tolerance, Budget) and self.tolerance.of == "all" and hidden:
+            raise ValueError(
+                f"Budget(of='all') counts all parameters, and {shown(hidden)} are hidden by optax.partition or masked: put these "
+                "inside, tdlrt(optax.partition(...), ...), or use of='kernels'"
+            )
         for name, kernel in zip(tree.names, tree.kernels):
-            self.policy_of(name, kernel)
+            policy = self.policy_of(name, kernel)
+            if isinstance(self.tolerance, Budget) and policy.convention == "absolute":
+                raise ValueError(
+                    f"kernel {name!r}: a Budget compares relative tolerances, its rule has convention='absolute': give the rule "
+                    "another convention, and its tolerance relative to the kernel's norm"
+                )
         for argument, bound in (("min_rank", self.min_rank), ("max_rank", self.max_rank)):
             for pattern in bound if isinstance(bound, Mapping) else ():
                 if not any(re.search(pattern, name) for name in tree.names):
                     raise ValueError(
                         f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {tree.names}"
                     )
-        check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in tree.node_names))
+        # Rules that tuckerize was given as well may be for layers that another part of a partition moves.
+        check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in [*tree.node_names, *hidden]))
 
     def initial(self, tree: KernelTree, params: Any) -> tuple[Array, Any]:
         """The first tolerance, and the state of a budget (``()`` without one)."""
@@ -112,7 +124,10 @@ class RankControl:
         truncations = []
         for name, kernel, ceiling in zip(tree.names, tree.kernels, ceilings):
             rank = active_rank(kernel)
-            floor = jnp.where(step < self.warmup, rank, 0)
+            warming = step < self.warmup
+            floor = jnp.where(warming, rank, 0)
+            if ceiling is not None:
+                ceiling = jnp.where(warming, jnp.maximum(ceiling, rank), ceiling)
             if self.freeze_after is not None:
                 frozen = step >= self.freeze_after
                 floor = jnp.where(frozen, rank, floor)
@@ -155,9 +170,10 @@ class RankControl:
             limit = allowed(budget, state, params, plans, step + period)
             weights = self._weights(tree, plans, state) if budget.importance == "loss" else None
             ranks, tau = fit_ranks(energies, exists, plans, limit, weights)
-            return state._replace(ceiling=dict(zip(tree.names, ranks))), tau
+            return state._replace(ceiling=dict(zip(tree.names, ranks)), look=step), tau
 
-        due = step % period < self.adapt_every
+        # Not by the number of the step: a caller who takes one whole step in ten goes on counting where one is left out.
+        due = (step - state.look >= period) | (step == 0)
         if self.freeze_after is not None:
             due = due & (step < self.freeze_after)
         return jax.lax.cond(due, look, lambda: (state, tolerance))

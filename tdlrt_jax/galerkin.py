@@ -7,12 +7,14 @@ layer's input ``Z`` and output gradient ``dY``, for ``dC̃ = corr(Z Ũ_in, dY Ũ
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, get_opaque_trace_state
 
 from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.conv.onepass import Applied, Tap, applications, core_cotangent
@@ -21,6 +23,8 @@ from tdlrt_jax.frame import Frame, chart_point, is_kernel, lift_nodes, value_and
 from tdlrt_jax.tucker import kernel_shape
 
 __all__ = ["SecondGradient", "core_gradient", "value_and_two_grads"]
+
+_SAME_NUMBERS = ("convert_element_type", "copy", "copy_p")  # what may come between a parameter and its layer
 
 
 class SecondGradient:
@@ -43,8 +47,9 @@ def value_and_two_grads(loss_fn: Callable[..., Any], has_aux: bool = False) -> C
     """:func:`tdlrt_jax.value_and_grad`, and the second gradient that ``bug`` asks for, without a second pass where possible.
 
     Possible if every Tucker kernel is used once, by :func:`tdlrt_jax.tucker_conv` or ``tucker_linear``, and not within a
-    transformation of the loss's own (jit, scan, remat, vmap); else the second gradient is evaluated anew. Keeping the output
-    gradients of all Tucker layers until then is its price in memory.
+    transformation of the loss's own (jit, scan, remat, vmap); else, and where the loss depends on a kernel in another way
+    (a penalty on its norm, say), the second gradient is evaluated anew. Keeping the output gradients of all Tucker layers
+    until then is its price in memory.
 
     Args:
       loss_fn, has_aux: as in :func:`tdlrt_jax.value_and_grad`.
@@ -136,7 +141,10 @@ def core_gradient(frame: Frame, applied: Applied, tap: Tap, *, products: bool = 
 def _applications(
     loss: Callable[[list[Any], dict[int, Tap]], Any], points: list[Any], kernels: Sequence[int]
 ) -> dict[int, Applied] | None:
-    """How each kernel is applied, found by tracing the loss without computing it; None unless each is exactly once."""
+    """How each kernel is applied, found by tracing the loss without computing it.
+
+    None unless each is exactly once, and the loss depends on it by nothing else.
+    """
     if not kernels:
         return None
     noted: list[Applied] = []
@@ -148,9 +156,46 @@ def _applications(
 
     token = applications.set(noted)
     try:
-        jax.eval_shape(listen, points)
+        traced = jax.make_jaxpr(listen)(points)
     finally:
         applications.reset(token)
     if sorted(at.kernel for at in noted) != list(kernels) or any(at.trace != outside[0] for at in noted):
         return None
+    users = _users(traced.jaxpr)
+    rest = iter(traced.jaxpr.invars)
+    for position, point in enumerate(points):
+        ends = [_end(variable, users) for variable in itertools.islice(rest, len(jax.tree.leaves(point)))]
+        if position in kernels and not _is_one_application(ends):
+            return None
     return {at.kernel: at for at in noted}
+
+
+def _users(jaxpr: Jaxpr) -> dict[Var, list[JaxprEqn]]:
+    """The operations that every variable goes into, once for each time; those that the first output depends on."""
+    needed, users = set(jaxpr.outvars[:1]), defaultdict[Var, list[JaxprEqn]](list)
+    for operation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(operation.outvars):
+            continue
+        for variable in operation.invars:
+            if not isinstance(variable, Literal):
+                needed.add(variable)
+                users[variable].append(operation)
+    return users
+
+
+def _end(variable: Var, users: dict[Var, list[JaxprEqn]]) -> JaxprEqn | None:
+    """The one operation that a variable goes into, under another dtype perhaps; None where there are several, or none."""
+    while len(users.get(variable, ())) == 1:
+        (operation,) = users[variable]
+        if operation.primitive.name not in _SAME_NUMBERS:
+            return operation
+        (variable,) = operation.outvars
+    return None
+
+
+def _is_one_application(ends: Sequence[JaxprEqn | None]) -> bool:
+    """Whether all parts of a kernel go into one rule of :mod:`tdlrt_jax.conv.onepass`."""
+    first = ends[0]
+    return (
+        first is not None and first.primitive.name.startswith("custom_vjp_call") and all(end is first for end in ends)
+    )

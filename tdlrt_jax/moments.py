@@ -34,6 +34,10 @@ KNOWN_FIELDS: Mapping[str, Kind] = {
     **dict.fromkeys(["trace", "mu", "ema", "m", "acc_grads", "momentum", "exp_avg"], "linear"),
     **dict.fromkeys(["nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v", "exp_avg_sq"], "squared"),
 }
+# Where they have other names: "g" of Adan is the last gradient, "v" an average of differences of gradients.
+KNOWN_CLASSES: Mapping[str, Mapping[str, Kind]] = {
+    "ScaleByAdanState": {"m": "linear", "v": "linear", "n": "squared", "g": "linear"},
+}
 
 
 class Moment(NamedTuple):
@@ -50,6 +54,7 @@ def find_moments(
     fields: Mapping[str, Kind] | None = None,
     *,
     check_values: bool = False,
+    others: Sequence[tuple] | None = None,
 ) -> list[Moment]:
     """The moments in an optax state: which kernel each belongs to, and how it transforms.
 
@@ -58,6 +63,7 @@ def find_moments(
       kernels: key path and kernel, for every kernel.
       fields: how state fields that optax does not have transform, name to ``"linear"`` or ``"squared"``.
       check_values: also raise for moments that do not start constant (copies of the parameters).
+      others: key paths of all other parameters; if given, also raise for arrays that are of no parameter.
 
     Raises:
       ValueError: for state that cannot follow a change of basis, naming the state's class and field.
@@ -66,14 +72,16 @@ def find_moments(
     for name, kind in (fields or {}).items():
         if kind not in ("linear", "squared"):
             raise ValueError(f"moments[{name!r}]={kind!r} is unknown: expected 'linear' or 'squared'")
-    known = {**KNOWN_FIELDS, **(fields or {})}
     moments = []
     for position, (path, node) in enumerate(jax.tree_util.tree_flatten_with_path(state, is_leaf=is_tucker)[0]):
         if not is_tucker(node):
+            if others is not None:
+                _check_mirrors(state, path, node, others)
             continue
         index = _owner(path, kernels)
         prefix = path[: len(path) - len(kernels[index][0])]
         name = jax.tree_util.keystr(prefix[-1:], simple=True)
+        known = {**KNOWN_FIELDS, **KNOWN_CLASSES.get(_state_class(state, prefix), {}), **(fields or {})}
         where = f"{_state_class(state, prefix)}.{name} of kernel {path_name(kernels[index][0])!r}"
         kernel = kernels[index][1]
         shapes, expected = jax.tree.map(jnp.shape, node), jax.tree.map(jnp.shape, kernel)
@@ -109,6 +117,18 @@ def _owner(path: tuple, kernels: Sequence[tuple[tuple, TuckerTensor]]) -> int:
             "tdlrt expects state that mirrors the parameters"
         )
     return max(fits, key=lambda i: len(kernels[i][0]))
+
+
+def _check_mirrors(state: Any, path: tuple, leaf: Any, others: Sequence[tuple]) -> None:
+    """Raises ``ValueError`` for an array of numbers that belongs to no parameter: what of it is the kernels' cannot be known."""
+    if jnp.ndim(leaf) == 0 or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return
+    if not any(path[len(path) - len(key) :] == key for key in others if len(key) <= len(path)):
+        raise ValueError(
+            f"{_state_class(state, path)} in the optimizer's state: {path_name(path)!r} is an array of shape {jnp.shape(leaf)}, "
+            "which no parameter's path ends: tdlrt expects state that mirrors the parameters, or scalars, since it carries the "
+            "kernels' part of it through changes of basis. optax.flatten hides it: leave it out"
+        )
 
 
 def _state_class(state: Any, prefix: tuple) -> str:
@@ -252,5 +272,7 @@ class NetworkMoments(NamedTuple):
                 apart=[apart[moment.kernel] for moment in moments],
             )
         for moment, result in zip(moments, results):
-            nodes[moment.position] = result
+            # Averages may be kept in fewer bits than gradients (mu_dtype of optax.adam).
+            kept = nodes[moment.position]
+            nodes[moment.position] = jax.tree.map(lambda new, old: new.astype(old.dtype), result, kept)
         return jax.tree.unflatten(treedef, nodes)

@@ -84,7 +84,7 @@ def tdlrt(
         without.
       route: how line 11 finds directions: ``"gram"``, or ``"randomized"``, by a sketch where that is cheaper (on the CPU for
         large matrices only), see :class:`RankPolicy`. A budget's looks at the singular values stay as they are.
-      warmup: for so many steps ranks may rise but not fall.
+      warmup: for so many steps ranks may rise but not fall; a Budget's ceilings hold from then on.
       adapt_every: bases and ranks move every so many steps; in between only the cores do (from one gradient), while the inner
         state goes on collecting the directions outside of the bases.
       keep_momentum: steps with ``cores_only`` hold what the inner state has collected for the ``K_i``, and the next step that
@@ -148,10 +148,11 @@ def tdlrt(
         tree = flatten_kernels(params)
         for name, kernel in zip(tree.names, tree.kernels):
             _check_kernel(name, kernel)
-        control.check(tree)
+        control.check(tree, params)
         # State that may be kept does not depend on the values that it starts from (see find_moments): factors stand for the K_i.
         state = inner.init(tree.replace([_start(kernel) for kernel in tree.kernels]))
-        find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True)
+        others = tree.paths_of_others if tree.kernels else None
+        find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True, others=others)
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
         tau, budget = control.initial(tree, params)
         return TdlrtState(
@@ -312,11 +313,11 @@ def _accept(
     return jax.lax.cond(
         accepted,
         lambda: (outcome.updates, proposed),
-        lambda: (no_updates(outcome.updates), kept),
+        lambda: (_no_updates(outcome.updates), kept),
     )
 
 
-def no_updates(updates: Any) -> Any:
+def _no_updates(updates: Any) -> Any:
     """Updates that change nothing: negative zeros, since a positive one would make a positive one of a negative zero."""
     return jax.tree.map(lambda update: -jnp.zeros_like(update), updates)
 

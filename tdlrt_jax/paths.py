@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from tdlrt_jax.tucker import TuckerTensor, is_tucker, whole_sizes
 
-__all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "path_name"]
+__all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "masked_paths", "path_name"]
 
 
 def path_name(path: tuple) -> str:
@@ -32,14 +33,34 @@ def kernel_paths(params: Any) -> dict[str, TuckerTensor]:
     return dict(zip(tree.names, tree.kernels))
 
 
+def masked_paths(params: Any) -> list[str]:
+    """Paths of what ``optax.partition`` and ``masked`` hide."""
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
+    return [path_name(path) for path, node in leaves if is_leaf(node)]
+
+
 class KernelTree(NamedTuple):
     """A pytree flattened with kernels as leaves."""
 
     nodes: list[Any]
     treedef: Any
     node_names: list[str]
-    paths: list[tuple]  # key paths of the kernels
+    node_paths: list[tuple]
     positions: list[int]  # of the kernels among the nodes
+
+    @property
+    def paths(self) -> list[tuple]:
+        """Key paths of the kernels."""
+        return self.pick(self.node_paths)
+
+    @property
+    def paths_of_others(self) -> list[tuple]:
+        """Key paths of the nodes that are no kernels."""
+        return [path for position, path in enumerate(self.node_paths) if position not in self.positions]
 
     @property
     def names(self) -> list[str]:
@@ -84,6 +105,6 @@ def flatten_kernels(tree: Any) -> KernelTree:
         nodes=[node for _, node in leaves],
         treedef=treedef,
         node_names=names,
-        paths=[leaves[i][0] for i in positions],
+        node_paths=[path for path, _ in leaves],
         positions=positions,
     )

@@ -13,8 +13,8 @@ from jax import Array
 from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, check_mapping, check_transformation
 from tdlrt_jax.gradients import StepGradients
-from tdlrt_jax.inspection import adds_up, all_finite, stays_finite
-from tdlrt_jax.optimizer import TdlrtState, left_out, no_updates
+from tdlrt_jax.inspection import all_finite, stays_finite
+from tdlrt_jax.optimizer import TdlrtState, left_out
 
 __all__ = ["StepInfo", "tdlrt_step"]
 
@@ -112,17 +112,13 @@ def tdlrt_step(
         first, how = gradients(with_state, params, model_state, batch)
         value = vetoed(first.loss, model_state, first.model_state)
         updates, after = tx.update(first.grads, opt_state, params, value=value, **how)
-        status = combined_status(opt_state, after, (value, first.grads))
+        status, called = combined_status(opt_state, after, (value, first.grads))
+        moved = optax.apply_updates(params, updates)
         if not isinstance(opt_state, TdlrtState):
-            # What is outside of tdlrt (another part of a partition) may have taken what it left out.
-            updates, after, status = jax.lax.cond(
-                adds_up(params, updates),
-                lambda: (updates, after, status),
-                lambda: (no_updates(updates), _none_taken(opt_state), jnp.int32(flags.NONFINITE)),
-            )
+            moved, after, status = together((params, moved), (opt_state, after), status, called)
         moves = status & flags.SKIPPED == 0
         model_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), first.model_state, model_state)
-        return optax.apply_updates(params, updates), after, model_state, report(after, first.loss, first.aux, status)
+        return moved, after, model_state, report(after, first.loss, first.aux, status)
 
     if has_state:
         return jax.jit(step, donate_argnums=(0, 1, 2) if donate else (), compiler_options=options)
@@ -155,8 +151,8 @@ def vetoed(loss: Array, before: Any, after: Any) -> Array:
     return jnp.where(stays_finite(before, after), loss, jnp.inf)
 
 
-def combined_status(before: Any, after: Any, given: Any) -> Array:
-    """The status of a step, from the optimizer's states before and after it.
+def combined_status(before: Any, after: Any, given: Any) -> tuple[Array, Array]:
+    """The status of a step, from the optimizer's states before and after it, and whether tdlrt was called.
 
     A transformation around tdlrt may not have called it (``optax.apply_if_finite``, or ``optax.MultiSteps`` between its steps);
     what its state then says is about an earlier step, and ``given``, the loss and the gradients, decides.
@@ -165,11 +161,32 @@ def combined_status(before: Any, after: Any, given: Any) -> Array:
     status = new[0].status
     for state in new[1:]:
         status = status | state.status
+    called = jnp.any(jnp.stack([(a.step != b.step) | (a.skipped != b.skipped) for a, b in zip(old, new)]))
     if isinstance(before, TdlrtState):
-        return status
-    called = jnp.stack([(a.step != b.step) | (a.skipped != b.skipped) for a, b in zip(old, new)])
+        return status, called
     unseen = jnp.where(all_finite(given), flags.OK, flags.NONFINITE).astype(jnp.int32)
-    return jnp.where(jnp.any(called), status, unseen)
+    return jnp.where(called, status, unseen), called
+
+
+def together(params: tuple[Any, Any], states: tuple[Any, Any], status: Array, called: Array) -> tuple[Any, Any, Array]:
+    """Parameters, state and status after a step that tdlrt and what is around it take together, or not at all.
+
+    Another part of a partition may have taken what tdlrt left out, or something that is not finite.
+
+    Args:
+      params: before the step and after it.
+      states: of the whole optimizer, likewise.
+      status, called: of :func:`combined_status`.
+    """
+    (old, new), (before, after) = params, states
+    fits = stays_finite(old, new)
+    skips = called & (status & flags.SKIPPED != 0)
+
+    def not_taken() -> tuple[Any, Any, Array]:
+        state = jax.lax.cond(fits, lambda: _parts_held_back(before, after), lambda: _none_taken(before))
+        return old, state, jnp.where(fits, status, flags.NONFINITE).astype(jnp.int32)
+
+    return jax.lax.cond(fits & ~skips, lambda: (new, after, status), not_taken)
 
 
 def report(opt_state: Any, loss: Array, aux: Any, status: Array) -> StepInfo:
@@ -195,6 +212,23 @@ def _none_taken(opt_state: Any) -> Any:
     return jax.tree.map(
         lambda node: left_out(node, flags.NONFINITE) if is_leaf(node) else node, opt_state, is_leaf=is_leaf
     )
+
+
+def _parts_held_back(before: Any, after: Any) -> Any:
+    """The next state where tdlrt left a step out: other parts are as before, what is around all parts goes on counting."""
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, TdlrtState)
+
+    def is_part(node: Any) -> bool:
+        return isinstance(node, TdlrtState | optax.MaskedState | optax.MultiTransformState)
+
+    def hold_back(old: Any, new: Any) -> Any:
+        if not is_part(old):
+            return new
+        return jax.tree.map(lambda o, n: n if is_leaf(o) else o, old, new, is_leaf=is_leaf)
+
+    return jax.tree.map(hold_back, before, after, is_leaf=is_part)
 
 
 def _merge(dictionaries: Any) -> dict[str, Array]:

@@ -126,7 +126,22 @@ def mapped(params, x):
     return jax.vmap(lambda row: tucker_linear(row, params["w"]))(x)
 
 
-@pytest.mark.parametrize("apply", [shared, dense, unused, scanned, jitted, rematerialized, mapped])
+def penalized(params, x):
+    return tucker_linear(x, params["w"]) + jnp.sum(to_dense(params["w"]) ** 2)
+
+
+def penalized_core(params, x):
+    return tucker_linear(x, params["w"]) + jnp.sum(params["w"].core ** 2)
+
+
+def scaled(params, x):
+    return tucker_linear(x, params["w"]._replace(core=2 * params["w"].core))
+
+
+OTHER_USES = [shared, dense, unused, scanned, jitted, rematerialized, mapped, penalized, penalized_core, scaled]
+
+
+@pytest.mark.parametrize("apply", OTHER_USES)
 def test_other_uses_of_a_kernel_are_evaluated_anew(rng, apply):
     """Several uses of one kernel, in one way or another, would add up their inputs: no tap may be trusted there."""
     with jax.enable_x64(True):
@@ -146,6 +161,18 @@ def test_other_uses_of_a_kernel_are_evaluated_anew(rng, apply):
 
         expected = jax.jit(lambda params, at, x: (value_and_grad(loss)(params, x), value_and_grad(loss)(at, x)))
         assert_trees_close(both(params, at, x), expected(params, at, x), 1e-12)
+
+
+def test_what_the_loss_does_not_depend_on_costs_no_second_pass(rng):
+    """A kernel that is looked at for the records alone, and one that is cast on its way to the layer."""
+    params = {"w": random_kernel(rng, (5, 4), (2, 2), dtype=np.float32)}
+
+    def loss(params, x):
+        narrow = params["w"]._replace(core=params["w"].core.astype(jnp.bfloat16))
+        return jnp.sum(tucker_linear(x, narrow)), jnp.linalg.norm(to_dense(params["w"]))
+
+    _, second = value_and_two_grads(loss, has_aux=True)(params, jnp.ones((3, 5)))
+    assert second.at_same_network != second._anew
 
 
 @pytest.mark.parametrize("inner", [optax.sgd(0.05, momentum=0.9), optax.adam(0.01)], ids=["momentum", "adam"])

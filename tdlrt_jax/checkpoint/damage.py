@@ -28,7 +28,7 @@ def damaged(directory: PathLike, step: int, problem: str) -> DamagedError:
 
 def not_written(directory: PathLike, step: int, error: Exception) -> OSError:
     """An error that names the checkpoint; what there is of it already is removed, since it takes up room."""
-    for part in Path(directory).absolute().glob(f"{step}.*"):
+    for part in Path(directory).absolute().glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
     text = str(error)
     text = text if len(text) < 300 else f"{text[:150]} ... {text[-150:]}"  # the end says what the system said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tdlrt_jax.arguments import shown
+from tdlrt_jax.budget import BudgetState
 from tdlrt_jax.checkpoint.damage import listed
 from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import path_name
@@ -43,6 +45,11 @@ def check_tree(argument: str, tree: Any) -> None:
             )
         if isinstance(leaf, np.ndarray) and leaf.dtype.hasobject:
             raise ValueError(f"{argument} has the leaf {path_name(path)!r} of Python objects: expected numbers")
+        if isinstance(leaf, int | float) and not _fits(leaf):
+            raise ValueError(
+                f"{argument} has the leaf {path_name(path)!r}, {shown(leaf)}, which {jnp.result_type(leaf)} does not hold: "
+                f"give a NumPy number, which stays what it is, such as np.{type(leaf).__name__}64({leaf})"
+            )
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -83,10 +90,26 @@ def kernel_ranks(tree: Any) -> dict[str, list[int]]:
 
 
 def younger(tree: Any) -> set[str]:
-    """Paths of what checkpoints of earlier versions lack, and that starts as zero: the count of a :class:`TdlrtState`."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, TdlrtState))
-    skipped = jax.tree_util.GetAttrKey("skipped")
-    return {path_name((*path, skipped)) for path, node in nodes if isinstance(node, TdlrtState)}
+    """Paths of what checkpoints of earlier versions lack, and that starts as zero: counts of optimizers' and budgets' states."""
+
+    def of(kind: type, field: str) -> set[str]:
+        nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, kind))
+        return {path_name((*path, jax.tree_util.GetAttrKey(field))) for path, node in nodes if isinstance(node, kind)}
+
+    return of(TdlrtState, "skipped") | of(BudgetState, "look")
+
+
+def _fits(number: float) -> bool:
+    """Whether a Python number is one in the dtype that JAX makes of it, up to rounding."""
+    kind = jnp.result_type(number)
+    if isinstance(number, bool) or not math.isfinite(number):
+        return True
+    limits = np.iinfo(kind) if isinstance(number, int) else np.finfo(kind)
+    return bool(limits.min <= number <= limits.max)
+
+
+def _is_numpy(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -94,15 +117,19 @@ def _is_key(leaf: Any) -> bool:
 
 
 def stored_form(leaf: Any) -> Any:
-    """Shape and dtype under which a leaf is stored: PRNG keys as their raw data."""
+    """Shape and dtype under which a leaf is stored: PRNG keys as their raw data, NumPy's numbers as they are."""
     if _is_key(leaf):
         return jax.eval_shape(_key_data, leaf)
+    if _is_numpy(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
     return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
 
 
 def to_host(leaf: Any) -> np.ndarray:
     """The whole array, whichever devices and processes have it; of PRNG keys the raw data."""
+    if _is_numpy(leaf):
+        return np.asarray(leaf)
     array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
     if not (array.is_fully_addressable or array.is_fully_replicated):  # parts of it are in other processes
         array = multihost_utils.process_allgather(array, tiled=True)
@@ -112,7 +139,9 @@ def to_host(leaf: Any) -> np.ndarray:
 def to_device(array: np.ndarray, like: Any) -> Any:
     """Back to where, and as what, ``like`` is."""
     if _is_key(like):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.zeros((), like.dtype)))
+    if _is_numpy(like):
+        return array.astype(like.dtype)[() if isinstance(like, np.generic) else ...]
     sharding = getattr(like, "sharding", None)
     # Another capacity may not divide evenly among devices; then the default device holds it and the caller places it.
     if sharding is None or like.shape != array.shape:
@@ -150,7 +179,9 @@ def check_leaf(where: str, name: str, leaf: Any, stored: Any, free: Mapping[int,
         raise ValueError(
             f"{where}: leaf {name!r} has shape {found}, the given tree {expected}: was it saved from another model?"
         )
-    if np.dtype(stored.dtype) != np.dtype(like.dtype):
+    # Of what is NumPy's, earlier versions stored what JAX makes of it.
+    fitting = {like.dtype, jax.dtypes.canonicalize_dtype(like.dtype)} if _is_numpy(leaf) else {like.dtype}
+    if np.dtype(stored.dtype) not in map(np.dtype, fitting):
         raise ValueError(
             f"{where}: leaf {name!r} has dtype {stored.dtype}, the given tree {like.dtype}: build it with "
             "the dtype that was saved, and cast what comes back"

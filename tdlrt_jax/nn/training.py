@@ -17,7 +17,8 @@ from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.gradients import StepGradients
-from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, report, vetoed
+from tdlrt_jax.optimizer import TdlrtState
+from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, report, together, vetoed
 
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn", "value_and_two_grads"]
 
@@ -300,7 +301,12 @@ def tdlrt_step(
         optimizer.update(model, parts.rewrap(first.grads), value=value, **how)
 
         after = nnx.as_pure(optimizer.opt_state)
-        status = combined_status(before, after, (value, first.grads))
+        status, called = combined_status(before, after, (value, first.grads))
+        if not isinstance(before, TdlrtState):
+            params = nnx.as_pure(nnx.state(model, optimizer.wrt))
+            params, after, status = together((parts.params, params), (before, after), status, called)
+            nnx.update(model, params)
+            nnx.update(optimizer.opt_state, nnx.state(after))
         moves = status & flags.SKIPPED == 0
         nnx.update(model, jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, rest))
         return report(after, first.loss, first.aux, status)
