@@ -290,3 +290,70 @@ def test_frozen_ranks_stay():
     assert ranks[9] != ranks[0]
     assert all(later == ranks[9] for later in ranks[10:])
     assert history[-1][2] < history[10][2]
+
+
+def regression(rank=12):
+    rng = np.random.default_rng(0)
+    params = {"w": tdlrt_jax.initialization.tucker_normal(jax.random.key(0), (16, 12), rank=rank), "b": jnp.zeros(12)}
+    x, y = jnp.asarray(rng.normal(size=(16, 16)), jnp.float32), jnp.asarray(rng.normal(size=(16, 12)), jnp.float32)
+
+    def loss(params, x, y):
+        return jnp.mean((tdlrt_jax.tucker_linear(x, params["w"]) + params["b"] - y) ** 2)
+
+    return params, loss, x, y
+
+
+@pytest.mark.parametrize("bad", [None, 3, 10])
+def test_a_step_that_is_left_out_does_not_end_a_budget(bad):
+    """One whole step in ten, by the caller's count, which the state's does not follow where a step is left out."""
+    params, loss, x, y = regression()
+    tx = tdlrt(optax.sgd(0.01), tolerance=Budget(0.6, steps=60, every=10))
+    steps = {whole: tdlrt_jax.tdlrt_step(loss, tx, cores_only=not whole, donate=False) for whole in (True, False)}
+    state = tx.init(params)
+    for number in range(100):
+        params, state, info = steps[number % 10 == 0](params, state, x * jnp.nan if number == bad else x, y)
+    assert int(state.step) == 100 - (bad is not None)
+    assert parameter_count((16, 12), info.rank["w"].tolist()) <= 0.4 * 16 * 12
+
+
+@pytest.mark.parametrize("adapt_every", [1, 2])
+def test_the_looks_are_so_many_adaptive_steps_apart(adapt_every):
+    params, loss, x, y = regression()
+    tx = tdlrt(optax.sgd(0.01), tolerance=Budget(0.6, steps=60, every=3), adapt_every=adapt_every)
+    step = tdlrt_jax.tdlrt_step(loss, tx, donate=False)
+    state, looks = tx.init(params), []
+    for _ in range(14):
+        params, state, _ = step(params, state, x, y)
+        looks.append(int(state.budget.look))
+    period = 3 * adapt_every
+    assert looks == [number // period * period for number in range(14)]
+
+
+def test_ranks_do_not_fall_while_a_budget_warms_up():
+    params, loss, x, y = regression()
+    tx = tdlrt(optax.sgd(0.01), tolerance=Budget(0.8, steps=20, every=1), warmup=15)
+    step = tdlrt_jax.tdlrt_step(loss, tx, donate=False)
+    state, ranks = tx.init(params), []
+    for _ in range(30):
+        params, state, info = step(params, state, x, y)
+        ranks.append(info.rank["w"].tolist())
+    assert ranks[:15] == [[12, 12]] * 15 and ranks[15] < [12, 12]
+    assert parameter_count((16, 12), ranks[-1]) <= 0.2 * 16 * 12
+
+
+def test_an_absolute_rule_is_refused():
+    params, *_ = regression()
+    for rule in ({"tolerance": 5.0, "convention": "absolute"}, {"convention": "absolute"}):
+        tx = tdlrt(optax.sgd(0.1), tolerance=Budget(0.5, steps=9), rules={"w": rule})
+        with pytest.raises(
+            ValueError, match=r"kernel 'w': a Budget compares relative tolerances.*'absolute'.*relative to"
+        ):
+            tx.init(params)
+
+
+def test_in_a_part_of_a_partition_all_parameters_cannot_be_counted():
+    params, *_ = regression()
+    inner = tdlrt(optax.sgd(0.1), tolerance=Budget(0.5, steps=9, of="all"))
+    tx = optax.partition({"kernel": inner, "rest": optax.sgd(0.1)}, {"w": "kernel", "b": "rest"})
+    with pytest.raises(ValueError, match=r"of='all'.*\['b'\] are hidden by optax.partition.*put these inside"):
+        tx.init(params)

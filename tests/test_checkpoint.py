@@ -310,3 +310,59 @@ def test_arrays_without_entries_and_trees_without_arrays(tmp_path):
         assert metadata == {"epoch": 1}
     with pytest.raises(ValueError, match=r"'x' has shape \(0,\), the given tree \(3,\)"):
         checkpoint.restore(tmp_path, {"x": jnp.zeros(3)}, 1)
+
+
+def test_numpy_s_numbers_stay_what_they_are(tmp_path):
+    """64 bits are not JAX's by default, where a file of them would be a file of other numbers."""
+    tree = {"counts": np.array([2**40 + 1, -3]), "sums": np.array([0.1, 1e300]), "last": np.float64(1e-300)}
+    checkpoint.save(tmp_path, 1, tree)
+    restored, _ = checkpoint.restore(tmp_path, jax.tree.map(np.zeros_like, tree))
+    for name, leaf in tree.items():
+        assert isinstance(restored[name], np.ndarray | np.generic) and restored[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(restored[name], leaf)
+
+
+def test_numpy_s_numbers_of_earlier_checkpoints_come_back(tmp_path):
+    """Those held what JAX makes of them."""
+    checkpoint.save(tmp_path, 1, {"count": jnp.array([7, 8])})
+    restored, _ = checkpoint.restore(tmp_path, {"count": np.zeros(2, np.int64)})
+    assert restored["count"].dtype == np.int64 and restored["count"].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("number", [2**32 - 1, -(2**31) - 1, 1e300])
+def test_a_python_number_that_does_not_fit_is_named(tmp_path, number):
+    with pytest.raises(ValueError, match=r"'a/seed', .* does not hold: give a NumPy number, .* np\.(int|float)64"):
+        checkpoint.save(tmp_path, 1, {"a": {"seed": number}})
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path, 1, {"a": {"seed": type(number)(2**31 - 1)}, "worst": float("inf"), "flag": True})
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_what_builds_a_state_with_a_key_is_enough_to_restore_it(tmp_path, impl):
+    def build():
+        return {"key": jax.random.key(3, impl=impl), "weights": jnp.ones(2)}
+
+    checkpoint.save(tmp_path, 1, build())
+    restored, _ = checkpoint.restore(tmp_path, jax.eval_shape(build))
+    assert restored["key"].dtype == build()["key"].dtype
+    np.testing.assert_array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(build()["key"]))
+    np.testing.assert_array_equal(restored["weights"], 1)
+
+
+def test_a_budget_of_an_earlier_version_looks_as_if_it_had_at_step_0(tmp_path, monkeypatch):
+    """Such a checkpoint lacks the step of the last look."""
+    params = network()
+    tx = tdlrt_jax.tdlrt(optax.sgd(0.1), tolerance=tdlrt_jax.Budget(0.5, steps=10))
+    state = tx.init(params)
+    state = state._replace(budget=state.budget._replace(look=jnp.int32(4)))
+    named = tdlrt_jax.checkpoint.store.named_leaves
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tdlrt_jax.checkpoint.store,
+            "named_leaves",
+            lambda tree: {name: leaf for name, leaf in named(tree).items() if not name.endswith("budget/look")},
+        )
+        checkpoint.save(tmp_path, 1, state)
+    restored, _ = checkpoint.restore(tmp_path, tx.init(params))
+    assert int(restored.budget.look) == 0 and restored.budget.look.dtype == jnp.int32
+    assert_equal(restored.budget.ceiling, state.budget.ceiling)

@@ -12,6 +12,7 @@ import pytest
 
 import tdlrt_jax
 from tdlrt_jax import checkpoint
+from tdlrt_jax.checkpoint.damage import not_written
 
 # Of threads inside orbax that give up on a damaged file.
 pytestmark = [
@@ -161,3 +162,12 @@ def test_a_budget_is_saved_with_the_state_and_missed_where_it_is_not(tmp_path):
         checkpoint.restore(tmp_path / "without", budget)
     with pytest.raises(ValueError, match=f"without a place for it in the given tree, leaves {names}"):
         checkpoint.restore(tmp_path / "with", budgeted(0.1))
+
+
+def test_what_a_failed_save_leaves_is_removed_and_nothing_else(tmp_path):
+    """Directories that a user named like the step are the user's."""
+    for name in ("8.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-17", "8.before", "8.5", "18.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir()
+    error = not_written(tmp_path, 8, OSError("no space"))
+    assert "checkpoint 8 could not be written" in str(error) and "no space" in str(error)
+    assert {path.name for path in tmp_path.iterdir()} == {"8.before", "8.5", "18.orbax-checkpoint-tmp"}

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import tdlrt_jax
 from tdlrt_jax import Budget, tdlrt, tdlrt_step
 from tests.helpers import regression
 
@@ -98,3 +99,18 @@ def test_only_a_budget_adds_leaves_to_the_state():
         "first/kernel": jnp.int32,
         "second/kernel": jnp.int32,
     }
+
+
+def test_rules_for_what_another_part_of_a_partition_moves_are_known():
+    """They are those that tuckerize was given as well; misspelled ones are found all the same."""
+    kernel = tdlrt_jax.hosvd(jnp.ones((6, 5)), rank=1)
+    params = {"conv": {"kernel": kernel}, "head": {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)}}
+    labels = {"conv": {"kernel": "tucker"}, "head": {"kernel": "rest", "bias": "rest"}}
+
+    def init(rules):
+        inner = tdlrt_jax.tdlrt(optax.sgd(0.1), tolerance=0.1, rules=rules)
+        return optax.partition({"tucker": inner, "rest": optax.sgd(0.1)}, labels).init(params)
+
+    init({"head": "dense", "conv": 0.5})
+    with pytest.raises(ValueError, match="'haed' is found in no layer's path"):
+        init({"haed": "dense"})

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from tdlrt_jax import TuckerTensor, lift
+from tdlrt_jax import TuckerTensor, hosvd, lift, tdlrt, tdlrt_step, tucker_linear
 from tdlrt_jax.integrators import unchanged
 from tdlrt_jax.moments import NetworkMoments, find_moments
 from tdlrt_jax.paths import flatten_kernels
+from tdlrt_jax.status import SKIPPED
 from tdlrt_jax.transport import core_moment, transport, transport_squares
 from tests.helpers import random_kernel
 
@@ -104,3 +105,48 @@ def test_numbers_that_are_one_a_kernel_stay(network):
         moments.carried_over({"rate": state[0].mu}, frames, new_frames)
     named = NetworkMoments(moments.tree, {"rate": "linear"}).carried_over({"rate": state[0].mu}, frames, new_frames)
     assert_equal(named["rate"], moments.carried_over(state, frames, new_frames)[0].mu)
+
+
+def trained(tx, steps=4, **options):
+    """The losses of a small regression."""
+    rng = np.random.default_rng(0)
+    params = {"w": hosvd(jnp.asarray(rng.normal(size=(8, 6)), jnp.float32), rank=4), "b": jnp.zeros(6)}
+    x, y = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    step = tdlrt_step(lambda p: jnp.mean((tucker_linear(x, p["w"]) + p["b"] - y) ** 2), tx, donate=False, **options)
+    state, losses = tx.init(params), []
+    for _ in range(steps):
+        params, state, info = step(params, state)
+        assert int(info.status) & SKIPPED == 0
+        losses.append(float(info.loss))
+    return losses, state
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"integrator": "parallel", "adapt_every": 2}, {"keep_momentum": True}, {"integrator": "fixed_rank"}]
+)
+@pytest.mark.parametrize("inner", [optax.adam, optax.sgd])
+def test_moments_of_16_bits_stay_so(inner, options):
+    wide = inner(0.02) if inner is optax.adam else inner(0.05, momentum=0.9)
+    narrow = {optax.adam: lambda: inner(0.02, mu_dtype=jnp.bfloat16)}.get(
+        inner, lambda: inner(0.05, momentum=0.9, accumulator_dtype=jnp.bfloat16)
+    )()
+    losses, state = trained(tdlrt(narrow, tolerance=0.05, **options))
+    moments = state.inner[0].mu if inner is optax.adam else state.inner[0].trace
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments)} == {"bfloat16"}
+    np.testing.assert_allclose(losses, trained(tdlrt(wide, tolerance=0.05, **options))[0], rtol=0.02)
+
+
+def test_adan_is_known():
+    """Its ``v`` is an average of differences of gradients, which squares of elsewhere are called."""
+    losses, state = trained(tdlrt(optax.adan(0.02), tolerance=0.02), steps=8)
+    inner = state.inner[0]
+    assert losses[-1] < losses[0]
+    assert float(jnp.min(inner.v["w"].core)) < 0 and float(jnp.min(inner.n["w"].core)) >= 0
+
+
+@pytest.mark.parametrize("inner", [optax.flatten(optax.adam(0.1)), optax.chain(optax.flatten(optax.trace(0.9)))])
+def test_moments_that_are_of_no_parameter_are_refused(inner):
+    with pytest.raises(
+        ValueError, match=r"is an array of shape \(\d+,\), which no parameter's path ends.*optax.flatten"
+    ):
+        trained(tdlrt(inner, tolerance=0.1))

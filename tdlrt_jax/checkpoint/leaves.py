@@ -105,7 +105,8 @@ def _fits(number: float) -> bool:
     if isinstance(number, bool) or not math.isfinite(number):
         return True
     limits = np.iinfo(kind) if isinstance(number, int) else np.finfo(kind)
-    return bool(limits.min <= number <= limits.max)
+    low, high = map(type(number), (limits.min, limits.max))
+    return low <= number <= high
 
 
 def _is_numpy(leaf: Any) -> bool:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from tdlrt_jax import TuckerTensor, checkpoint, tdlrt, tdlrt_step, value_and_grad
+from tdlrt_jax import TuckerTensor, checkpoint, nn, tdlrt, tdlrt_step, value_and_grad
 from tdlrt_jax.status import NONFINITE, OK, SKIPPED
 from tests.faults.problem import INTEGRATORS, batch, is_finite, loss_fn, parameters, same, without_report
 
@@ -197,3 +198,79 @@ def test_by_hand_without_the_loss():
     assert int(update(state, batch(loss=np.nan)).status) & SKIPPED == OK
     assert int(update(state, batch(), jnp.float32(np.nan)).status) == NONFINITE
     assert int(update(state, batch(bias=np.nan)).status) == NONFINITE
+
+
+@pytest.mark.parametrize(
+    ("how", "wrong"),
+    [
+        ("partition", {"first": np.nan}),
+        ("partition", {"loss": np.inf}),
+        ("masked", {"first": np.nan}),
+        ("within MultiSteps", {"first": np.nan}),  # the loss it does not hand on
+    ],
+)
+def test_what_tdlrt_leaves_out_the_other_parts_do_not_take(how, wrong):
+    """A step is taken as a whole or not at all: here nothing that the other parts are given is out of order."""
+
+    def is_kernel(node):
+        return isinstance(node, TuckerTensor)
+
+    def labels(params):
+        return jax.tree.map(lambda node: "kernel" if is_kernel(node) else "rest", params, is_leaf=is_kernel)
+
+    def mask(of):
+        return lambda params: jax.tree.map(lambda label: label == of, labels(params))
+
+    kernels, rest = core_of("parallel"), optax.adam(0.1)
+    if how == "masked":
+        tx = optax.chain(optax.masked(kernels, mask("kernel")), optax.masked(rest, mask("rest")))
+    else:
+        tx = optax.partition({"kernel": kernels, "rest": rest}, labels)
+    if how == "within MultiSteps":
+        tx = optax.MultiSteps(tx, 1)
+    step = tdlrt_step(loss_fn, tx, donate=False)
+    params = parameters()
+    params, state, info = step(params, tx.init(params), batch(bias=1.0))
+    assert int(info.status) & SKIPPED == OK
+    after, after_state, info = step(params, state, batch(bias=1.0, **wrong))
+    assert int(info.status) == NONFINITE and int(info.skipped) == 1 and same(after, params)
+    if how == "within MultiSteps":  # its own counts go on
+        assert int(after_state.gradient_step) == 2
+        after_state, state = after_state.inner_opt_state, state.inner_opt_state
+    assert same(without_report(after_state), without_report(state))
+    again, _, info = step(after, after_state if how != "within MultiSteps" else tx.init(params), batch(bias=1.0))
+    assert int(info.status) & SKIPPED == OK and not np.array_equal(again["bias"], after["bias"])
+
+
+@pytest.mark.parametrize("wrong", [{}, {"first": np.nan}, {"bias": np.nan}])
+def test_parts_of_an_nnx_optimizer_move_together_or_not_at_all(wrong):
+    class Model(nnx.Module):
+        def __init__(self):
+            start = parameters()
+            self.kernel, self.bias = nnx.Param(start["kernel"]), nnx.Param(start["bias"])
+
+    def labels(params):
+        def label(path, _):
+            return "rest" if "bias" in jax.tree_util.keystr(path) else "kernel"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    model = Model()
+    tx = optax.partition({"kernel": nn.tdlrt(optax.sgd(0.1), tolerance=0.1), "rest": optax.adam(0.1)}, labels)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss(model, batch):
+        return loss_fn({"kernel": model.kernel.get_value(), "bias": model.bias.get_value()}, batch)
+
+    step = nn.tdlrt_step(loss)
+    assert int(step(model, optimizer, batch(bias=1.0)).status) & SKIPPED == OK
+    before = jax.tree.map(np.array, nnx.as_pure((nnx.state(model), optimizer.opt_state)))
+    info = step(model, optimizer, batch(**{"bias": 1.0, **wrong}))
+    after = nnx.as_pure((nnx.state(model), optimizer.opt_state))
+    if wrong:
+        assert int(info.status) == NONFINITE and same(after[0], before[0])
+        assert same(without_report(after[1]), without_report(before[1]))
+    else:
+        assert int(info.status) & SKIPPED == OK
+        assert not np.array_equal(after[0]["bias"], before[0]["bias"])
+        assert not np.array_equal(after[0]["kernel"].core, before[0]["kernel"].core)
