@@ -185,7 +185,9 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs)``, a scalar, or ``(scalar, aux)`` with ``has_aux``. It uses kernels through
-        :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`.
+        :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`. It sees frames, whose
+        arrays (``jax.tree.leaves``) are not those of the parameters: a penalty is one of ``to_dense(kernel)``, or, cheaper,
+        ``optax.add_decayed_weights`` inside of :func:`tdlrt_jax.tdlrt`.
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:

@@ -334,7 +334,7 @@ def initial_kernel(
             f"initialization={initialization!r} is unknown: expected one of {INITIALIZATIONS}, or a function "
             "(key, shape, rank, *, norm, dtype) -> TuckerTensor"
         )
-    weights = kernel_init(key, tuple(shape), dtype)
+    weights = drawn(kernel_init, key, shape, dtype)
     found = kernel_shape(weights) if isinstance(weights, TuckerTensor) else jnp.shape(weights)
     if tuple(found) != tuple(shape):
         raise ValueError(f"kernel_init returned weights of shape {tuple(found)}: expected {tuple(shape)}, the kernel's")
@@ -345,6 +345,18 @@ def initial_kernel(
     draws = {"dense": tucker_normal, "normalized": tucker_normalized, "spectral": tucker_spectral}
     draw = draws.get(initialization, initialization)  # type: ignore[arg-type]
     return draw(jax.random.fold_in(key, 1), shape, rank, norm=jnp.linalg.norm(weights), dtype=dtype)
+
+
+def drawn(kernel_init: Callable[..., Any], key: Array, shape: Sequence[int], dtype: DTypeLike) -> Any:
+    """What a dense initializer draws; raises ``ValueError`` for one that names axes for a sharding."""
+    weights = kernel_init(key, tuple(shape), dtype)
+    if hasattr(weights, "raw_value"):  # a VariableMetadata of flax
+        raise ValueError(
+            f"kernel_init returned a {type(weights).__name__}, as nnx.with_partitioning makes it: expected an array. Its names "
+            "are for the axes of a dense kernel, of which core and factors have others: give the initializer without them, and "
+            "place the parameters afterwards (docs/scaling.md)"
+        )
+    return weights
 
 
 def random_factors(

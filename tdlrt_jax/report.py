@@ -206,6 +206,7 @@ def summarize_layer(
     calls = tuple(tuple(shape) for shape in inputs or ())
     shape, rank, parameters = kernel_shape_of(kernel), None, numbers(kernel)
     if is_tucker(kernel):
+        check_not_stacked(path, kernel)
         rank = concrete_rank(kernel)
         parameters = parameter_count(shape, rank, [factor is None for factor in kernel.factors])
     elif is_cp(kernel):
@@ -229,6 +230,16 @@ def summarize_layer(
     plan = plan or forward_plan(shape, factored_rank(kernel), calls, device=device, **geometry)
     work = _sum_forward(plan, shape, factored_rank(kernel), calls, geometry)
     return summary._replace(plan=plan, multiply_adds=work, dense_multiply_adds=dense)
+
+
+def check_not_stacked(path: str, kernel: Any) -> None:
+    """Raises ``ValueError`` for Tucker kernels of several layers in the arrays of one, naming the layer."""
+    if is_tucker(kernel) and np.ndim(kernel.core) != len(kernel.factors):
+        raise ValueError(
+            f"layer {path!r}: its core of shape {np.shape(kernel.core)} with {len(kernel.factors)} factors is a stack of several "
+            "layers' (nnx.vmap, nnx.scan), each with ranks of its own: expected one layer. Unroll the loop, or leave the layers "
+            "dense"
+        )
 
 
 def total_summary(layers: Iterable[LayerSummary], other_weights: int, *, with_work: bool) -> Summary:

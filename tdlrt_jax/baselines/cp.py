@@ -92,7 +92,7 @@ def cp_conv(
     """The convolution of ``x`` by a CP kernel ``(spatial..., in, out)``, channels last; the kernel is never formed.
 
     Args:
-      x: ``(batch..., spatial..., in)``.
+      x: ``(batch..., spatial..., in)``; the kernel is taken to its dtype, integers are taken to the kernel's.
       kernel: with factors ``(k_1, R), ..., (in, R), (out, R)``.
       strides, padding, dilation, precision: as in :func:`tdlrt_jax.tucker_conv`.
 
@@ -118,6 +118,8 @@ def cp_conv(
             f"kernel has factors of shapes {[factor.shape for factor in kernel.factors]} for x of shape {x.shape}: expected "
             f"(k_1, R), ..., (in, R), (out, R) with one R, and in = {x.shape[-1]}"
         )
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.result_type(*kernel.factors))
     window = tuple(factor.shape[0] for factor in windows)
     x, geometry, lead = resolve_input(x, window, strides=strides, padding=padding, dilation=dilation)
     size = output_size(geometry, window, x.shape[1:-1])
@@ -144,9 +146,11 @@ def cp_normal(
     The kernel's entries are sums of ``R`` independent products, of variance ``R s^(2 d)`` for factors of deviation ``s``.
     """
     _check_draw(key, shape, rank, norm, dtype)
-    deviation = (jnp.asarray(norm, dtype) ** 2 / (rank * math.prod(shape))) ** (1 / (2 * len(shape)))
+    wide = jnp.promote_types(dtype, jnp.float32)  # what is squared and counted here overflows 16 bits
+    deviation = (jnp.asarray(norm, wide) ** 2 / (rank * math.prod(shape))) ** (1 / (2 * len(shape)))
     keys = jax.random.split(key, len(shape))
-    return CPTensor(tuple(deviation * jax.random.normal(k, (n, rank), dtype) for k, n in zip(keys, shape)))
+    draws = [deviation * jax.random.normal(k, (n, rank), wide) for k, n in zip(keys, shape)]
+    return CPTensor(tuple(draw.astype(dtype) for draw in draws))
 
 
 def cp_spectral(
@@ -172,14 +176,15 @@ def cp_spectral(
     if not 0 < check_number("decay", decay, "the ratio of successive norms, in (0, 1]") <= 1:
         raise ValueError(f"decay={decay}: the ratio of successive norms is in (0, 1], expected such a number")
     norms = np.maximum(decay ** np.arange(rank, dtype=np.float64), SMALLEST_VALUE)
-    shared = jnp.asarray((norms / np.linalg.norm(norms)) ** (1 / len(shape)), dtype)
-    scale = jnp.asarray(norm, dtype) ** (1 / len(shape))
+    wide = jnp.promote_types(dtype, jnp.float32)  # QR has none of 16 bits
+    shared = jnp.asarray((norms / np.linalg.norm(norms)) ** (1 / len(shape)), wide)
+    scale = jnp.asarray(norm, wide) ** (1 / len(shape))
     factors = []
     for mode_key, n in zip(jax.random.split(key, len(shape)), shape):
         bases = [
-            jnp.linalg.qr(jax.random.normal(k, (n, n), dtype))[0] for k in jax.random.split(mode_key, -(-rank // n))
+            jnp.linalg.qr(jax.random.normal(k, (n, n), wide))[0] for k in jax.random.split(mode_key, -(-rank // n))
         ]
-        factors.append(jnp.concatenate(bases, axis=1)[:, :rank] * shared * scale)
+        factors.append((jnp.concatenate(bases, axis=1)[:, :rank] * shared * scale).astype(dtype))
     return CPTensor(tuple(factors))
 
 

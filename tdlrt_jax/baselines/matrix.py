@@ -43,7 +43,7 @@ def matrix_conv(
     """The convolution of ``x`` by a kernel kept as a low-rank matrix, channels last.
 
     Args:
-      x: ``(batch..., spatial..., in)``.
+      x: ``(batch..., spatial..., in)``; the kernel is taken to its dtype, integers are taken to the kernel's.
       kernel: of shape ``(prod(window) * in, out)``, rows in the order of ``(window..., in)``; both modes with factors. A Frame
         differentiates by the gradients of Theorem 1, a TuckerTensor by the ordinary ones, to any order.
       window: the kernel's spatial shape.
@@ -80,6 +80,8 @@ def matrix_conv(
         raise ValueError(
             f"kernel has {rows} rows: expected prod(window) * in for window={window} and x of shape {x.shape}"
         )
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.result_type(kernel.core))
     x, geometry, lead = resolve_input(x, window, strides=strides, padding=padding, dilation=dilation)
     reduce = partial(_reduce, window, geometry, precision)
     if isinstance(kernel, Frame) and kernel.K is not None:

@@ -129,7 +129,8 @@ def masks_from_scores(scores: Any, density: float, *, within: Any = None) -> Any
       Booleans of the scores' structure and shapes.
 
     Raises:
-      ValueError: for a density outside of (0, 1], or one above that of ``within``.
+      ValueError: for a density outside of (0, 1], or one above that of ``within``, and for scores that are not finite where a
+        weight may stay (under ``jax.jit`` they cannot be looked at).
 
     Example:
       >>> import jax.numpy as jnp
@@ -151,7 +152,10 @@ def masks_from_scores(scores: Any, density: float, *, within: Any = None) -> Any
             raise ValueError(
                 f"density={density} is above that of the masks to stay within: expected at most {float(jnp.mean(allowed)):.6f}"
             )
-        flat = jnp.where(allowed, flat, -jnp.inf)
+    else:
+        allowed = jnp.ones(flat.size, bool)
+    _check_finite(scores, allowed)
+    flat = jnp.where(allowed, flat, -jnp.inf)
     kept = jnp.argsort(-flat, stable=True)[:count]
     flags = jnp.zeros(flat.size, bool).at[kept].set(True)
     masks, start = [], 0
@@ -159,6 +163,25 @@ def masks_from_scores(scores: Any, density: float, *, within: Any = None) -> Any
         masks.append(flags[start : start + leaf.size].reshape(leaf.shape))
         start += leaf.size
     return jax.tree.unflatten(treedef, masks)
+
+
+def _check_finite(scores: Any, allowed: Array) -> None:
+    """Raises ``ValueError``, naming the leaves, for scores that have no order."""
+    named = jax.tree_util.tree_leaves_with_path(scores)
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in named):
+        return
+    wrong, start = {}, 0
+    for path, leaf in named:
+        bad = ~jnp.isfinite(jnp.ravel(leaf)) & allowed[start : start + leaf.size]
+        start += leaf.size
+        if count := int(jnp.sum(bad)):
+            wrong[path_name(path)] = count
+    if wrong:
+        listed = ", ".join(f"{count:,} of {name!r}" for name, count in wrong.items())
+        raise ValueError(
+            f"scores are not finite: {listed}. Expected finite ones: lower the learning rate of the training before, or the "
+            "scale of the loss that they are gradients of"
+        )
 
 
 def density_of(masks: Any) -> float:
@@ -199,7 +222,8 @@ def pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTra
     """An optax transformation under which pruned weights stay exactly zero.
 
     Gradients are masked before ``inner`` (momentum and norms see the pruned network) and updates after it (weight decay and noise
-    cannot bring a weight back). Start from ``apply_masks(params, masks)``.
+    cannot bring a weight back). Start from ``apply_masks(params, masks)``. The state has a copy of the masks, so that a step may
+    donate it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -213,7 +237,7 @@ def pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTra
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> PrunedState:
-        return PrunedState(masks, inner.init(params))
+        return PrunedState(jax.tree.map(jnp.copy, masks), inner.init(params))
 
     def update(grads: Any, state: PrunedState, params: Any = None, **extra: Any) -> tuple[Any, PrunedState]:
         updates, inner_state = inner.update(apply_masks(grads, state.masks), state.inner, params, **extra)

@@ -14,10 +14,11 @@ from jax import Array
 from tdlrt_jax.arguments import shown
 from tdlrt_jax.capacity import resize
 from tdlrt_jax.initialization import compiled_hosvd, initial_kernel, kernel_rank
-from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, default_kernel_init, padding_of_flax
+from tdlrt_jax.nn.layers import SHARDING, TuckerConv, TuckerLinear, default_kernel_init, padding_of_flax
 from tdlrt_jax.nn.modules import children, replace_modules
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
 from tdlrt_jax.ranks import RankPolicy, check_tolerance
+from tdlrt_jax.report import check_not_stacked
 from tdlrt_jax.rules import Rule, check_rules_match, parse_rules, rule_for
 from tdlrt_jax.truncation import hosvd, truncate
 from tdlrt_jax.tucker import TuckerTensor, active_rank, mode_product, to_dense
@@ -66,7 +67,8 @@ def tuckerize(model: Any, rules: Mapping[str, Any], *, rngs: nnx.Rngs | None = N
     :class:`~tdlrt_jax.nn.TuckerConv`, :class:`~tdlrt_jax.nn.TuckerConvTranspose` and
     :class:`~tdlrt_jax.nn.TuckerLinear` with the same arguments, bias, mask and metadata, wherever in the model they are.
     Everything else is copied: other layers, statistics, random states, modes. What is shared (a module in two places, a
-    weight in two layers) stays shared. Layers that are Tucker layers already are copied as they are.
+    weight in two layers) stays shared. Layers that are Tucker layers already are copied as they are. Names of a dense kernel's
+    axes (``out_sharding``) do not go over to the Tucker kernel.
 
     Args:
       model: an nnx module, a single layer, or a pytree of modules; it stays as it is and shares no array with the copy.
@@ -81,8 +83,8 @@ def tuckerize(model: Any, rules: Mapping[str, Any], *, rngs: nnx.Rngs | None = N
 
     Raises:
       ValueError: naming the layer or the pattern, for rules that cannot work or are found nowhere, a model without
-        layers to convert, fresh weights without ``rngs``, weights that are not finite, stacks of layers (``nnx.vmap``), or
-        a weight shared with a layer that stays dense.
+        layers to convert, fresh weights without ``rngs``, weights that are not finite, stacks of layers (``nnx.vmap``),
+        layers in ``nnx.WeightNorm`` or ``SpectralNorm``, or a weight shared with a layer that stays dense.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,11 +105,17 @@ def tuckerize(model: Any, rules: Mapping[str, Any], *, rngs: nnx.Rngs | None = N
             f"and a linen model is converted by tdlrt_jax.nn.linen.tuckerize_params), got {type(model).__name__}"
         )
     check_rules_match(parsed, paths)
+    normalized = _normalized_paths(model)
 
     def convert(path: str, layer: Any) -> Callable[[], Any] | None:
         rule = rule_for(parsed, path)
         if type(layer) not in OF_DENSE or rule is None or rule.dense:
             return None
+        if path in normalized:
+            raise ValueError(
+                f"layer {path!r} is in an nnx.{normalized[path]}, which works on the kernel as an array: leave it dense by a "
+                f"rule, {{{path!r}: 'dense', ...}}"
+            )
 
         def kernel() -> TuckerTensor:
             if rule.weights != "hosvd" and rngs is None:
@@ -139,6 +147,9 @@ def densify(model: Any) -> Any:
       A new model with ``nnx.Conv``, ``nnx.ConvTranspose`` and ``nnx.Linear``, with weights of the layers' ``param_dtype``.
       A copy, if there are no Tucker layers.
 
+    Raises:
+      ValueError: for what is no model, and for stacks of Tucker layers (``nnx.vmap``), naming the layer.
+
     Example:
       >>> from flax import nnx
       >>> import tdlrt_jax.nn
@@ -153,6 +164,7 @@ def densify(model: Any) -> Any:
     def convert(path: str, layer: Any) -> Callable[[], Any] | None:
         if type(layer) not in OF_TUCKER:
             return None
+        check_not_stacked(path, layer.kernel.get_value())
         return lambda: to_dense(layer.kernel.get_value()).astype(layer.param_dtype)
 
     return _with_counterparts(model, convert)
@@ -221,6 +233,17 @@ def _layer_paths(model: Any) -> list[str]:
     return [_name(path) for path, node in nnx.iter_graph(model, graph=True) if type(node) in known]
 
 
+def _normalized_paths(model: Any) -> dict[str, str]:
+    """The paths of layers whose weights another module normalizes, and the name of its class."""
+    found: dict[str, str] = {}
+    for path, node in nnx.iter_graph(model, graph=True):
+        if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
+            inside = _layer_paths(node.layer_instance)
+            names = [_name((*path, "layer_instance", *([name] if name else []))) for name in inside]
+            found |= dict.fromkeys(names, type(node).__name__)
+    return found
+
+
 def _name(path: tuple) -> str:
     return "/".join(map(str, path))
 
@@ -241,10 +264,18 @@ def _with_counterparts(model: Any, convert: Callable[[str, Any], Callable[[], An
         if make_weights is not None:
             variable = layer.kernel
             if id(variable) not in kernels:
-                kernels[id(variable)] = variable.copy(make_weights())
+                kernels[id(variable)] = _without_sharding(variable.copy(make_weights()))
             replacements[id(layer)] = _counterpart(layer, kernels[id(variable)], variable.get_value())
     _check_sharing(copied, replacements, kernels)
     return replace_modules(copied, replacements)
+
+
+def _without_sharding(variable: nnx.Variable) -> nnx.Variable:
+    """A Variable without names for the axes of the array that it held."""
+    for name in SHARDING:
+        if variable.has_metadata(name) and variable.get_metadata(name) is not None:
+            variable.del_metadata(name)
+    return variable
 
 
 def _counterpart(layer: Any, kernel: nnx.Variable, weights: Any) -> Any:

@@ -17,7 +17,7 @@ from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral
 from tdlrt_jax.baselines.matrix import matrix_conv
 from tdlrt_jax.conv.geometry import PaddingLike
-from tdlrt_jax.initialization import Rank, initial_kernel
+from tdlrt_jax.initialization import Rank, drawn, initial_kernel
 from tdlrt_jax.nn.layers import (
     check_geometry,
     check_layer,
@@ -169,11 +169,12 @@ class CPConv(_Convolution):
             raise ValueError(f'initialization={initialization!r} is unknown: expected "normal", "als" or "spectral"')
         rank = cp_rank(shape, rank)
         dense_key, key = jax.random.split(key)
-        dense = kernel_init(dense_key, shape, self.param_dtype)
+        dense = drawn(kernel_init, dense_key, shape, self.param_dtype)
         if initialization == "als":
             return cp_als(dense, rank)
         draw = cp_normal if initialization == "normal" else cp_spectral
-        return draw(key, shape, rank, norm=jnp.linalg.norm(dense.ravel()), dtype=self.param_dtype)
+        wide = dense.ravel().astype(jnp.promote_types(dense.dtype, jnp.float32))
+        return draw(key, shape, rank, norm=jnp.linalg.norm(wide), dtype=self.param_dtype)
 
     def _apply(self, inputs: Array, kernel: Any, **options: Any) -> Array:
         return cp_conv(inputs, kernel, **options)

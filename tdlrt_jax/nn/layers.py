@@ -34,6 +34,7 @@ from tdlrt_jax.tucker import TuckerTensor, to_dense
 __all__ = ["TuckerConv", "TuckerLinear"]
 
 default_kernel_init = initializers.lecun_normal()
+SHARDING = ("out_sharding", "sharding_names", "sharding")  # names of axes in metadata, as flax calls them
 default_bias_init = initializers.zeros
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
@@ -143,7 +144,7 @@ class TuckerConv(nnx.Module):
             kernel_init=kernel_init,
             dtype=param_dtype,
         )
-        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.kernel = nnx.Param(kernel, **check_metadata(kernel_metadata))
         self.bias = (
             nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
             if use_bias
@@ -285,7 +286,7 @@ class TuckerLinear(nnx.Module):
             kernel_init=kernel_init,
             dtype=param_dtype,
         )
-        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.kernel = nnx.Param(kernel, **check_metadata(kernel_metadata))
         self.bias = (
             nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
             if use_bias
@@ -370,6 +371,17 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
     """Raises ``ValueError`` unless a mask is an array of the kernel's shape."""
     if mask is not None and (not hasattr(mask, "dtype") or jnp.shape(mask) != shape):
         raise ValueError(f"mask is {shown(mask)}: expected an array of the kernel's shape, {shape}")
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata of a Tucker kernel; raises ``ValueError`` for names of a dense kernel's axes."""
+    for name in SHARDING:
+        if metadata.get(name) is not None:
+            raise ValueError(
+                f"kernel_metadata has {name}={metadata[name]!r}, which is for the axes of a dense kernel: core and factors have "
+                "others. Leave it out, and place the parameters afterwards (docs/scaling.md)"
+            )
+    return metadata
 
 
 def compute_inputs(layer: Any, inputs: Array, kernel: Any, bias: Array | None) -> tuple[Array, Array | None]:

@@ -26,6 +26,7 @@ from tdlrt_jax.conv import tucker_conv, tucker_conv_transpose, tucker_linear
 from tdlrt_jax.frame import is_kernel
 from tdlrt_jax.nn.convert import kernel_from_rule
 from tdlrt_jax.nn.layers import stand_in
+from tdlrt_jax.paths import path_name
 from tdlrt_jax.rules import Rule, check_rules_match, parse_rules, rule_for
 from tdlrt_jax.tucker import is_tucker, kernel_shape, to_dense
 
@@ -77,12 +78,18 @@ def tuckerize_params(params: Mapping[str, Any], rules: Mapping[str, Any], *, key
             f"of two dimensions or more, got the keys {list(params)}"
         )
     check_rules_match(parsed, layers)
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
     def convert(path: str, layer: Mapping[str, Any]) -> Any:
         rule = rule_for(parsed, path)
         kernel = layer[KERNEL]
         if rule is None or rule.dense or is_tucker(kernel):
             return None
+        if f"{path}/{KERNEL}/scale" in names:
+            raise ValueError(
+                f"layer {path!r} is in an nn.WeightNorm, which works on the kernel as an array: leave it dense by a rule, "
+                f"{{{path!r}: 'dense', ...}}"
+            )
         if _is_stacked(layer):
             raise ValueError(
                 f"layer {path!r}: its kernel of shape {kernel.shape} and bias of shape {layer['bias'].shape} are stacks of "

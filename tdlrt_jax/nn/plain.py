@@ -25,7 +25,7 @@ from tdlrt_jax.nn.layers import TuckerConv, TuckerLinear, padding_of_flax
 from tdlrt_jax.nn.modules import replace_modules
 from tdlrt_jax.nn.summary import counted_kernel, geometry_of, module_path, record_inputs
 from tdlrt_jax.nn.transposed import TuckerConvTranspose
-from tdlrt_jax.report import factored_rank
+from tdlrt_jax.report import check_not_stacked, factored_rank
 from tdlrt_jax.tucker import TuckerTensor
 
 __all__ = ["check_inference", "check_parameters", "inference_function", "to_plain"]
@@ -53,8 +53,8 @@ def to_plain(model: Any, example: Any = None, *, plan: str | None = None, device
 
     Raises:
       ValueError: for an unknown plan, no example and no plan, a model in the midst of training (an optimizer or lifted
-        kernels inside), weights that are not finite, or a subclass of a Tucker layer with a call of its own; the
-        message names the layer.
+        kernels inside), weights that are not finite, stacks of Tucker layers (``nnx.vmap``), or a subclass of a Tucker layer
+        with a call of its own; the message names the layer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,6 +75,7 @@ def to_plain(model: Any, example: Any = None, *, plan: str | None = None, device
                 f"layer {module_path(path)!r} is a {type(module).__name__}, which has a __call__ of its own: what it "
                 "computes cannot be known; write its plain form by hand"
             )
+        check_not_stacked(module_path(path), module.kernel.get_value())
     if found and plan is None and example is None:
         raise ValueError(
             "example is needed to choose the cheapest form of every layer: give an input (a jax.ShapeDtypeStruct will "

@@ -36,7 +36,7 @@ def summarize(model: Any, example: Any = None, *, device: str | None = None) -> 
         unknown.
       example: an input ``(batch..., ...)``, an array or a ``jax.ShapeDtypeStruct``, or a tuple of the model's
         positional arguments. Nothing is computed with it: the model is traced, and a layer called several times counts
-        every call. (Inside ``nnx.scan`` and ``nnx.vmap`` a layer is traced, and counted, once.) The model, its
+        every call. (Inside ``nnx.scan`` and ``nnx.vmap`` a dense layer is traced, and counted, once.) The model, its
         statistics and its random counters stay as they are.
       device: for which the plans are chosen, ``"cpu"`` or ``"gpu"``; ``jax.default_backend()`` by default.
 
@@ -44,7 +44,7 @@ def summarize(model: Any, example: Any = None, *, device: str | None = None) -> 
       A :class:`tdlrt_jax.report.Summary`: data, ``.to_json()``, ``.table()`` for ``rich``, and text by ``print``.
 
     Raises:
-      ValueError: for an example with parameters alone.
+      ValueError: for an example with parameters alone, and for stacks of Tucker layers (``nnx.vmap``), naming the layer.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,41 +23,92 @@ from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, re
 __all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn", "value_and_two_grads"]
 
 
-def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
-    """The model's structure, the Variables that ``wrt`` selects, and the rest of them; as they are now.
+class _Place(NamedTuple):
+    """Stands in the arguments of a loss where a module is."""
 
-    The Variables are copies: those of ``nnx.split`` would follow the model.
+
+def _is_module(node: Any) -> bool:
+    """Modules, random streams, Variables: whatever a loss may change in place."""
+    return isinstance(node, nnx.Pytree | nnx.Variable)
+
+
+def _take_modules(arguments: Any) -> tuple[tuple[Any, ...], Any]:
+    """The modules in a pytree, and the pytree with places for them."""
+    leaves, treedef = jax.tree.flatten(arguments, is_leaf=_is_module)
+    structure: Any = treedef
+    modules = tuple(leaf for leaf in leaves if _is_module(leaf))
+    return modules, structure.unflatten([_Place() if _is_module(leaf) else leaf for leaf in leaves])
+
+
+def _put_modules(places: Any, modules: Iterable[Any]) -> Any:
+    """Undoes :func:`_take_modules`."""
+    rest = iter(modules)
+
+    def is_place(node: Any) -> bool:
+        return isinstance(node, _Place)
+
+    return jax.tree.map(lambda node: next(rest) if is_place(node) else node, places, is_leaf=is_place)
+
+
+def _split(modules: tuple[Any, ...], wrt: Any) -> tuple[Any, Any, Any]:
+    """The modules' structure, the Variables that ``wrt`` selects in the first, and all other ones; as they are now.
+
+    The Variables are copies: those of ``nnx.split`` would follow the modules.
     """
-    graphdef, *states = nnx.split(model, wrt, ...)
+    selects = nnx.filterlib.to_predicate(wrt)
+
+    def in_model(path: tuple, value: Any) -> bool:
+        return path[0] == 0 and selects(path[1:], value)
+
+    graphdef, *states = nnx.split(modules, in_model, ...)
     selected, rest = jax.tree.map(lambda leaf: leaf, states)
-    return graphdef, selected, rest
+    return graphdef, selected.get(0, nnx.State({})), rest
 
 
 class Functional(NamedTuple):
-    """A model taken apart: ``loss_fn(model, *batch)`` as a function of its parameters without Variables."""
+    """A loss of a model, and of what else it may change, as a function of the parameters without Variables."""
 
-    loss: Callable[..., Any]  # (params, rest, *batch) -> (value, (rest, aux)), params a pytree of arrays and kernels
+    loss: Callable[
+        ..., Any
+    ]  # (params, rest, args, kwargs) -> (value, (rest, aux)), params a pytree of arrays and kernels
     params: Any  # the parameters, without Variables
     rest: nnx.State  # everything else: BatchNorm statistics, random counters
+    arguments: tuple[Any, Any]  # args and kwargs, with places for modules
     rewrap: Callable[[Any], nnx.State]  # a tree of the parameters' structure into their Variables
+    update: Callable[[Any], None]  # takes another rest over into the model and the modules among the arguments
 
 
-def _functional(loss_fn: Callable[..., Any], model: Any, wrt: Any, has_aux: bool) -> Functional:
-    graphdef, variables, rest = _split(model, wrt)
+def _functional(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    wrt: Any,
+    has_aux: bool,
+) -> Functional:
+    others, arguments = _take_modules((args, dict(kwargs)))
+    modules = (model, *others)
+    graphdef, variables, rest = _split(modules, wrt)
     treedef: Any = jax.tree.structure(variables, is_leaf=is_kernel)
 
     def rewrap(params: Any) -> nnx.State:
         # By leaves, so that a Frame may stand where a kernel was.
         return treedef.unflatten(jax.tree.leaves(params, is_leaf=is_kernel))
 
-    def loss(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         # A plain merge would hand out the caller's Variables, which may not be changed inside of a transformation.
-        copied = nnx.merge(graphdef, rewrap(params), rest, copy=True)
-        out = loss_fn(copied, *args, **kwargs)
+        copied = nnx.merge(graphdef, nnx.State({0: rewrap(params)}), rest, copy=True)
+        args, kwargs = _put_modules((args, kwargs), copied[1:])
+        out = loss_fn(copied[0], *args, **kwargs)
         value, aux = out if has_aux else (out, None)
         return value, (_split(copied, wrt)[2], aux)
 
-    return Functional(loss, nnx.as_pure(variables), rest, rewrap)
+    return Functional(loss, nnx.as_pure(variables), rest, arguments, rewrap, partial(nnx.update, modules))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _check_model(model: Any) -> None:
@@ -68,8 +119,8 @@ def _check_model(model: Any) -> None:
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param) -> Callable[..., Any]:
     """``nnx.value_and_grad`` in the model, with the gradients of Theorem 1 for its Tucker kernels.
 
-    What ``loss_fn`` changes in the model beside the parameters (BatchNorm statistics, dropout's counters) is changed in
-    the model given, as by ``nnx.value_and_grad``.
+    What ``loss_fn`` changes in the model beside the parameters (BatchNorm statistics, dropout's counters), and in other modules
+    and random streams (``nnx.Rngs``) that it is given, is changed in those, as by ``nnx.value_and_grad``.
 
     Args:
       loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
@@ -77,7 +128,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
       wrt: filter for the Variables to differentiate in; that of ``nnx.Optimizer``.
 
     Returns:
-      ``f(model, *batch) -> (value, grads)``; ``grads`` is an ``nnx.State`` of the parameters' structure, for
+      ``f(model, *batch, **more) -> (value, grads)``; ``grads`` is an ``nnx.State`` of the parameters' structure, for
       ``nnx.Optimizer.update(model, grads)``.
 
     Example:
@@ -97,10 +148,10 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
 
     def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
         _check_model(model)
-        parts = _functional(loss_fn, model, wrt, has_aux)
+        parts = _functional(loss_fn, model, args, kwargs, wrt=wrt, has_aux=has_aux)
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
-        (value, (rest, aux)), grads = gradient(parts.params, parts.rest, *args, **kwargs)
-        nnx.update(model, rest)
+        (value, (rest, aux)), grads = gradient(parts.params, parts.rest, *parts.arguments)
+        parts.update(rest)
         return ((value, aux) if has_aux else value), parts.rewrap(grads)
 
     return evaluate
@@ -118,7 +169,7 @@ def value_and_two_grads(
       loss_fn, has_aux, wrt: those of :func:`value_and_grad`.
 
     Returns:
-      ``f(model, *batch) -> ((value, grads), second)``: ``grads`` for ``nnx.Optimizer.update(model, grads,
+      ``f(model, *batch, **more) -> ((value, grads), second)``: ``grads`` for ``nnx.Optimizer.update(model, grads,
       value_and_grad_fn=second)``.
 
     Example:
@@ -144,11 +195,11 @@ def value_and_two_grads(
     check_callable("loss_fn", loss_fn, "loss_fn(model, *batch) -> loss")
     gradients = StepGradients()
 
-    def evaluate(model: Any, *args: Any) -> tuple[tuple[Any, Any], Callable[[Any], Any]]:
+    def evaluate(model: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], Callable[[Any], Any]]:
         _check_model(model)
-        parts = _functional(loss_fn, model, wrt, has_aux)
-        first, second = gradients(parts.loss, parts.params, parts.rest, args)
-        nnx.update(model, first.model_state)
+        parts = _functional(loss_fn, model, args, kwargs, wrt=wrt, has_aux=has_aux)
+        first, second = gradients(parts.loss, parts.params, parts.rest, parts.arguments)
+        parts.update(first.model_state)
         value = (first.loss, first.aux) if has_aux else first.loss
         return (value, parts.rewrap(first.grads)), second["value_and_grad_fn"]
 
@@ -181,11 +232,11 @@ def value_and_grad_fn(
 
     def fix(model: Any, *args: Any, **kwargs: Any) -> Callable[[Any], tuple[Any, Any]]:
         _check_model(model)
-        parts = _functional(loss_fn, model, wrt, has_aux)
+        parts = _functional(loss_fn, model, args, kwargs, wrt=wrt, has_aux=has_aux)
         gradient = tdlrt_jax.frame.value_and_grad(parts.loss, has_aux=True)
 
         def evaluate(params: Any) -> tuple[Any, Any]:
-            (value, (_, aux)), grads = gradient(params, parts.rest, *args, **kwargs)
+            (value, (_, aux)), grads = gradient(params, parts.rest, *parts.arguments)
             return ((value, aux) if has_aux else value), grads
 
         return evaluate
@@ -261,8 +312,9 @@ def tdlrt_step(
         step is called in another jitted function: give them to that one.
 
     Returns:
-      ``step(model, optimizer, *batch) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
-      of :func:`tdlrt`. The model's other state moves once, from the first evaluation; where a number is not finite (see
+      ``step(model, optimizer, *batch, **more) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
+      of :func:`tdlrt`. The model's other state, and that of modules and random streams in the batch (``nnx.Rngs``), moves
+      once, from the first evaluation; where a number is not finite (see
       :func:`tdlrt_jax.tdlrt_step`), model and optimizer stay as they were and ``info.status`` says so.
 
     Raises:
@@ -288,16 +340,18 @@ def tdlrt_step(
     )
     options = check_compiler_options(compiler_options)
 
-    def step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> StepInfo:
+    def step(model: Any, optimizer: nnx.Optimizer, *batch: Any, **more: Any) -> StepInfo:
         _check_model(model)
         if not isinstance(optimizer, nnx.Optimizer):
             raise ValueError(
                 f"optimizer is {shown(optimizer)}: expected an nnx.Optimizer(model, tdlrt(...), wrt=nnx.Param)"
             )
-        parts = _functional(loss_fn, model, optimizer.wrt, has_aux)
-        first, how = gradients(parts.loss, parts.params, parts.rest, batch)
-        rest, moved, before = (nnx.as_pure(tree) for tree in (parts.rest, first.model_state, optimizer.opt_state))
-        value = vetoed(first.loss, rest, moved)
+        parts = _functional(loss_fn, model, batch, more, wrt=optimizer.wrt, has_aux=has_aux)
+        first, how = gradients(parts.loss, parts.params, parts.rest, parts.arguments)
+        before = nnx.as_pure(optimizer.opt_state)
+        # By path: a loss may have made Variables (nnx.Module.sow), which nothing was before.
+        old, new = _by_path(parts.rest), _by_path(first.model_state)
+        value = vetoed(first.loss, *([tree[name] for name in old if name in new] for tree in (old, new)))
         optimizer.update(model, parts.rewrap(first.grads), value=value, **how)
 
         after = nnx.as_pure(optimizer.opt_state)
@@ -308,24 +362,31 @@ def tdlrt_step(
             nnx.update(model, params)
             nnx.update(optimizer.opt_state, nnx.state(after))
         moves = status & flags.SKIPPED == 0
-        nnx.update(model, jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, rest))
+
+        def keep(path: tuple, leaf: Any) -> Any:
+            before = old.get(jax.tree_util.keystr(path))
+            return leaf if before is None else jnp.where(moves, leaf, before)
+
+        parts.update(jax.tree_util.tree_map_with_path(keep, first.model_state))
         return report(after, first.loss, first.aux, status)
 
     return nnx.jit(step) if options is None else _jit_in_place(step, options)
 
 
 def _jit_in_place(step: Callable[..., Any], compiler_options: dict[str, Any]) -> Callable[..., Any]:
-    """``nnx.jit`` of a function that changes two modules in place, with compiler options, which it does not take."""
+    """``nnx.jit`` of a function that changes modules in place, with compiler options, which it does not take."""
 
     @partial(jax.jit, static_argnums=0, compiler_options=compiler_options)
-    def pure(graphdef: Any, state: Any, *batch: Any) -> tuple[Any, Any]:
+    def pure(graphdef: Any, state: Any, arguments: Any) -> tuple[Any, Any]:
         modules = nnx.merge(graphdef, state)
-        out = step(*modules, *batch)
+        args, kwargs = _put_modules(arguments, modules)
+        out = step(*args, **kwargs)
         return nnx.state(modules), out
 
-    def in_place(first: Any, second: Any, *batch: Any) -> Any:
-        state, out = pure(*nnx.split((first, second)), *batch)
-        nnx.update((first, second), state)
+    def in_place(*args: Any, **kwargs: Any) -> Any:
+        modules, arguments = _take_modules((args, kwargs))
+        state, out = pure(*nnx.split(modules), arguments)
+        nnx.update(modules, state)
         return out
 
     return in_place

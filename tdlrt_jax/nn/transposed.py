@@ -20,6 +20,7 @@ from tdlrt_jax.nn.layers import (
     check_geometry,
     check_layer,
     check_mask,
+    check_metadata,
     compute_inputs,
     default_bias_init,
     default_kernel_init,
@@ -102,7 +103,7 @@ class TuckerConvTranspose(nnx.Module):
             kernel_init=kernel_init,
             dtype=param_dtype,
         )
-        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.kernel = nnx.Param(kernel, **check_metadata(kernel_metadata))
         self.bias = (
             nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
             if use_bias

@@ -103,3 +103,23 @@ def test_a_decay_that_is_none_is_refused():
 def test_a_window_that_lies_outside_of_the_image():
     kernel = cp_normal(jax.random.key(0), (3, 3, 4, 5), 2, norm=1.0)
     assert cp_conv(jnp.ones((2, 2, 3, 4)), kernel, padding="VALID", dilation=2).shape == (2, 0, 0, 5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_factors_of_16_bits(dtype):
+    """Counts of entries that overflow them, and a factorization that is not there for them."""
+    shape, key = (3, 3, 64, 64), jax.random.key(0)
+    for draw in (cp_normal, cp_spectral):
+        wide, narrow = (draw(key, shape, 27, norm=8.0, dtype=kind) for kind in (jnp.float32, dtype))
+        for expected, factor in zip(wide.factors, narrow.factors):
+            assert factor.dtype == dtype
+            np.testing.assert_allclose(factor.astype(jnp.float32), expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_images_of_integers_are_taken_to_the_kernel_s_dtype(dtype):
+    x = jax.random.randint(jax.random.key(0), (2, 6, 6, 4), 0, 255).astype(dtype)
+    kernel = cp_normal(jax.random.key(1), (3, 3, 4, 5), 3, norm=1.0)
+    found = cp_conv(x, kernel)
+    np.testing.assert_array_equal(found, cp_conv(x.astype(jnp.float32), kernel))
+    assert found.dtype == jnp.float32 and float(jnp.max(jnp.abs(found))) > 1

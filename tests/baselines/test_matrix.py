@@ -95,3 +95,12 @@ def test_kernels_that_do_not_fit_are_refused(rng):
         matrix_conv(x, random_kernel(rng, (36, 6), (None, 2)), (3, 3))
     with pytest.raises(ValueError, match=r"kernel has 35 rows: expected prod\(window\) \* in for window=\(3, 3\)"):
         matrix_conv(x, random_kernel(rng, (35, 6), (2, 2)), (3, 3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_images_of_integers_are_taken_to_the_kernel_s_dtype(dtype):
+    x = jax.random.randint(jax.random.key(0), (2, 6, 6, 4), 0, 255).astype(dtype)
+    kernel = tdlrt_jax.hosvd(jax.random.normal(jax.random.key(1), (36, 5)), rank=3)
+    found = matrix_conv(x, kernel, (3, 3))
+    np.testing.assert_array_equal(found, matrix_conv(x.astype(jnp.float32), kernel, (3, 3)))
+    assert found.dtype == jnp.float32 and float(jnp.max(jnp.abs(found))) > 1

@@ -179,3 +179,26 @@ def test_nothing_to_prune_and_no_rounds_are_refused(problem):
         snip_scores(loss_fn, params, *batch, prunable=lambda path, leaf: False)
     with pytest.raises(ValueError, match="rounds=0 must be a number of removals, 1 or more"):
         next(iterative_magnitude_pruning(lambda r: r.params, params, density=0.5, rounds=0))
+
+
+def test_scores_that_are_not_finite_are_named():
+    """Sorted, a score that is no number would come after the weights that are pruned already, and bring them back."""
+    within = {"a": jnp.array([True, True]), "b": jnp.array([False, False])}
+    scores = {"a": jnp.array([jnp.nan, jnp.inf]), "b": jnp.array([9.0, 9.0])}
+    with pytest.raises(
+        ValueError, match=r"scores are not finite: 2 of 'a'\. Expected finite ones: lower the learning rate"
+    ):
+        masks_from_scores(scores, 0.25, within=within)
+    with pytest.raises(ValueError, match="1 of 'w'"):
+        masks_from_scores({"w": jnp.array([1.0, -jnp.inf])}, 0.5)
+    masks = masks_from_scores({"a": jnp.array([1.0, 2.0]), "b": jnp.array([jnp.nan, 9.0])}, 0.25, within=within)
+    assert masks["a"].tolist() == [False, True] and not any(masks["b"].tolist())
+
+
+def test_a_step_may_donate_the_state():
+    params, masks = {"w": jnp.ones(4)}, {"w": jnp.array([True, False, True, True])}
+    tx = pruned(optax.sgd(0.1), masks)
+    step = jax.jit(lambda params, state: tx.update(params, state, params), donate_argnums=1)
+    step(params, tx.init(params))
+    assert density_of(masks) == 0.75
+    step(params, tx.init(params))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,16 @@ from flax import nnx
 
 import tdlrt_jax
 from tdlrt_jax import TuckerTensor
-from tdlrt_jax.nn import TuckerConv, TuckerConvTranspose, TuckerLinear, densify, tuckerize
+from tdlrt_jax.nn import (
+    TuckerConv,
+    TuckerConvTranspose,
+    TuckerLinear,
+    densify,
+    summarize,
+    to_plain,
+    tuckerize,
+)
+from tdlrt_jax.nn.formats import CPConv
 from tdlrt_jax.rules import Rule
 
 BIAS = jax.nn.initializers.normal()
@@ -352,3 +362,62 @@ def test_stacked_layers_are_refused_clearly():
     with pytest.raises(ValueError, match=r"layer 'stack': its kernel has the shape \(5, 3, 4\), expected \(3, 4\)"):
         tuckerize(model, {".*": 2})
     assert type(tuckerize(model, {"stack": "dense", ".*": 2}).head) is TuckerLinear
+
+
+def stacked_layers():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(key):
+        return TuckerConv(4, 4, (3, 3), rank=2, rngs=nnx.Rngs(key))
+
+    return nnx.Dict(blocks=stack(jax.random.split(jax.random.key(0), 5)))
+
+
+@pytest.mark.parametrize(
+    "convert", [densify, summarize, partial(to_plain, plan="factored"), partial(to_plain, plan="dense")]
+)
+def test_stacks_of_tucker_layers_are_refused_clearly(convert):
+    """Each of them has ranks of its own, in the arrays of one."""
+    with pytest.raises(
+        ValueError, match=r"layer 'blocks': its core of shape \(5, 3, 3, 2, 2\) with 4 factors is a stack"
+    ):
+        convert(stacked_layers())
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_layers_whose_weights_are_normalized_are_refused_clearly(wrapper):
+    inside = wrapper(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    model = nnx.Dict(body=inside, head=nnx.Linear(6, 2, rngs=nnx.Rngs(2)))
+    with pytest.raises(ValueError, match=rf"'body/layer_instance' is in an nnx.{wrapper.__name__}.*'dense'"):
+        tuckerize(model, {".*": 2})
+    converted = tuckerize(model, {"body/layer_instance": "dense", ".*": None})
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    np.testing.assert_allclose(converted["head"](converted["body"](x)), model["head"](model["body"](x)), atol=1e-5)
+
+
+def test_names_of_a_dense_kernels_axes_do_not_go_over():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+        dense = nnx.Linear(4, 8, kernel_init=init, kernel_metadata={"group": "kernels"}, rngs=nnx.Rngs(0))
+        assert dense.kernel.get_metadata()["out_sharding"] == (None, "model")
+        converted = tuckerize(dense, {"": None})
+        assert converted.kernel.get_metadata().get("out_sharding") is None
+        assert converted.kernel.get_metadata()["group"] == "kernels"
+        x = jnp.arange(12.0).reshape(3, 4)
+        np.testing.assert_allclose(converted(x), dense(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(TuckerLinear, ()), (TuckerConv, ((3, 3),)), (TuckerConvTranspose, ((3, 3),)), (CPConv, ((3, 3),))],
+)
+def test_names_of_a_dense_kernels_axes_are_refused(layer, shape):
+    names = (None,) * (2 * len(shape)) + (None, "model")
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+        with pytest.raises(ValueError, match=r"returned a VariableMetadata.*expected an array.*docs/scaling.md"):
+            layer(4, 8, *shape, rank=2, kernel_init=init, rngs=nnx.Rngs(0))
+        if layer is not CPConv:
+            with pytest.raises(ValueError, match=r"kernel_metadata has out_sharding=.*docs/scaling.md"):
+                layer(4, 8, *shape, rank=2, kernel_metadata={"out_sharding": names}, rngs=nnx.Rngs(0))

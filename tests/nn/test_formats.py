@@ -76,3 +76,16 @@ def test_matrix_layers_train_by_tdlrt_and_cp_layers_by_their_own_gradients():
 
         losses = [float(step(model, optimizer, x, y)) for _ in range(30)]
         assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("initialization", ["normal", "spectral"])
+def test_cp_layers_of_16_bits_are_not_zero(initialization):
+    layer, wide = (
+        CPConv(64, 64, (3, 3), rank=27, param_dtype=dtype, initialization=initialization, rngs=nnx.Rngs(0))
+        for dtype in (jnp.float16, jnp.float32)
+    )
+    norms = [
+        float(jnp.linalg.norm(cp_to_dense(jax.tree.map(jnp.float32, each.kernel.get_value()))))
+        for each in (layer, wide)
+    ]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=0.1)

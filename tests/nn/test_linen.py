@@ -319,3 +319,9 @@ def test_parameters_that_cannot_be_converted():
     params = linen.tuckerize_params({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, {".*": 1})
     with pytest.raises(ValueError, match=r"expected a kernel of shape \(5, 4\)"):
         linen.apply(nn.Dense(4), {"params": params}, images(2, 5))
+
+
+def test_layers_whose_weights_are_normalized_are_refused_clearly():
+    params = nn.WeightNorm(nn.Dense(3)).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    with pytest.raises(ValueError, match=r"'layer_instance' is in an nn.WeightNorm.*'dense'"):
+        linen.tuckerize_params(params, {".*": 2})
