@@ -1,7 +1,7 @@
 """Training steps compiled for a GPU ahead of time, on a machine without one: what they launch, wait for and plan to store.
 
 Where kernels are small, a GPU may need less time for them than its host for handing them over. JAX's CUDA plugin (``pip install
-"tdlrt_jax[cuda]"``) compiles for a GPU by its description alone. Not done then is what needs one, the choice among algorithms of
+".[cuda]"``) compiles for a GPU by its description alone. Not done then is what needs one, the choice among algorithms of
 matrix products by trying them.
 """
 
@@ -62,7 +62,7 @@ _H100 = {
 def cells(options: Options) -> list[Cell]:
     """One cell a network, at its first compression; none where JAX's CUDA plugin is not installed."""
     if not any(map(_is_installed, PLUGINS)):
-        print('ahead: left out; pip install "tdlrt_jax[cuda]" makes it possible, without a GPU too')
+        print('ahead: left out; pip install ".[cuda]" makes it possible, without a GPU too')
         return []
     first = {network.model: network for network in reversed(list(networks(options)))}
     return [Cell(network.key, partial(_measure, network)) for network in first.values()]

@@ -56,6 +56,11 @@ class TrainConfig:
                 f"--plateau-of validation: expected --schedule plateau and a part of the training images for --validation, "
                 f"found --schedule {self.optimizer.schedule} --validation {self.data.validation}"
             )
+        if self.tdlrt.budget is not None and not self.model.parts.adaptive and self.model.method != "dense":
+            raise ValueError(
+                f"--budget {self.tdlrt.budget} has no effect on --method {self.model.method}, whose ranks or masks are fixed: "
+                "say what to save with --compression"
+            )
         if self.model.method == "imp" and self.pruning.rewind_epochs >= self.optimizer.epochs:
             raise ValueError(
                 f"--rewind-epochs {self.pruning.rewind_epochs}: expected fewer than the {self.optimizer.epochs} of --epochs"
@@ -104,6 +109,6 @@ def changed_by_epochs(config: TrainConfig) -> str | None:
         return "--method imp trains for --epochs in every round"
     if config.optimizer.schedule == "cosine":
         return "--schedule cosine lowers the learning rate over all of them"
-    if config.tdlrt.budget is not None and config.tdlrt.budget_epochs is None:
+    if config.model.parts.adaptive and config.tdlrt.budget is not None and config.tdlrt.budget_epochs is None:
         return "without --budget-epochs a budget is reached after half of them"
     return None

@@ -75,13 +75,14 @@ def measure(
       the ``rise``. Correlations are Spearman's, with the rise.
 
     Raises:
-      ValueError: for a directory that holds no finished run, or one without Tucker kernels.
+      ValueError: for a directory that holds no finished run, or one of a method other than TDLRT.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
     from scipy.stats import spearmanr
 
+    from experiments.results_table import is_adaptive
     from experiments.run.directory import environment
     from tdlrt_jax import active_rank, kernel_paths, sensitivity, value_and_grad
     from tdlrt_jax.report import layer_name
@@ -90,8 +91,11 @@ def measure(
     if batches < 4:
         raise ValueError(f"batches={batches} must be 4 or more")
     network = _Network(directory, data_dir)
-    if not network.kernels:
-        raise ValueError(f"{directory} holds a run without Tucker kernels: expected one of --method tdlrt or tucker")
+    # Plain gradients leave no orthonormal factors, by which cuts of the core are those of the kernel.
+    if not is_adaptive(network.options) or not network.kernels:
+        raise ValueError(
+            f"{directory} holds a run without Tucker kernels of orthonormal factors: expected one of --method tdlrt"
+        )
     gradient_of = jax.jit(value_and_grad(network.loss))
     loss_of = jax.jit(network.loss)
     directions = {name: _directions(kernel) for name, kernel in network.kernels.items()}

@@ -31,6 +31,7 @@ class Sweep(NamedTuple):
     option: str | None  # None for a single run
     values: tuple[float, ...]
     options: dict[str, Any]
+    row: str | None = None  # the method of Table 1 whose settings at a scale these runs have too
 
     def rows(self, network: str) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
         """Name, value and options of each row."""
@@ -45,7 +46,14 @@ def sweeps() -> tuple[list[str], list[Sweep]]:
     """The networks and the sweeps, as configured."""
     content = read_toml(CONFIGS / "figure1" / "sweeps.toml")
     found = [
-        Sweep(entry["name"], entry["title"], entry.get("option"), tuple(entry.get("values", ())), entry["options"])
+        Sweep(
+            entry["name"],
+            entry["title"],
+            entry.get("option"),
+            tuple(entry.get("values", ())),
+            entry["options"],
+            entry.get("row"),
+        )
         for entry in content["sweeps"]
     ]
     return content["networks"], found
@@ -60,7 +68,9 @@ def plan(scale: str, seeds: int | None, dataset: str | None) -> list[Run]:
         for network in fitting(networks, dataset)
         for sweep in found
         for name, _, options in sweep.rows(network)
-        for run in protocol.runs(name, options, scale=scale, seeds=seeds, dataset=dataset)
+        for run in protocol.runs(
+            name, options, scale=scale, seeds=seeds, dataset=dataset, row=sweep.row and f"{network}/{sweep.row}"
+        )
     ]
 
 

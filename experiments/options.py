@@ -106,8 +106,8 @@ class ModelConfig:
     """No channel mode of a convolution's Tucker kernel starts with a lower rank, and smaller modes start whole, as with 3 the
     three colors of an image do. Not of matrix and cp."""
     compression: float | None = None
-    """Of the convolutions, 0.9 to keep a tenth, at least: decides the fixed ranks of tucker, matrix and cp in place of --rank,
-    and what snip, grasp and imp prune."""
+    """0.9 to keep a tenth. Of the convolutions, at least: decides the fixed ranks of tucker, matrix and cp in place of --rank. Of
+    all weights that can go together (with --linear those of hidden layers too): what snip, grasp and imp prune."""
     spatial: Literal["tucker", "whole"] = "tucker"
     """The convolutions' spatial modes. tucker: with a factor and a rank of their own (the paper). whole: never compressed."""
     initialization: Literal["dense", "normalized", "hosvd", "spectral"] = "dense"

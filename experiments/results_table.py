@@ -20,9 +20,6 @@ from experiments.sealed import read_sealed
 
 __all__ = ["asked", "is_adaptive", "markdown", "method_name", "rows"]
 
-# What may differ between the runs of one row.
-RUN_ONLY = ("seed", "run_dir", "resume", "data_dir", "cache_dir")
-
 # What accuracies are titled; those of the test images alone are shown where not all runs have validation images.
 ACCURACIES = {"train": "training accuracy [%]", "validation": "validation [%]", "test": "test accuracy [%]"}
 
@@ -41,7 +38,7 @@ def rows(*paths: Path) -> list[dict[str, Any]]:
         try:
             result = read_sealed(path)
             check_result(result)
-            options = {key: value for key, value in result["options"].items() if key not in RUN_ONLY}
+            options = {key: value for key, value in options_of(result).items() if key != "seed"}
             result["final"]["test_accuracy"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of experiments.train: {error!r}") from None
@@ -51,10 +48,10 @@ def rows(*paths: Path) -> list[dict[str, Any]]:
         options = json.loads(key)
         found.append(
             {
-                "options": options_of(results[0]),
+                "options": options,
                 "method": method_name(options),
                 "tau": asked(options),
-                "epochs": options["epochs"],
+                "epochs": len(results[0]["epochs"]) or options["epochs"],
                 "seeds": sorted(result["seed"] for result in results),
                 **{name: final(results, f"{name}_accuracy") for name in ACCURACIES},
                 "all": final(results, "compression_all"),

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.options import PruningConfig
 from experiments.results_table import asked, is_adaptive, method_name
 from experiments.run import plots
-from experiments.run.directory import RunDirectory, RunDirectoryError
+from experiments.run.directory import RunDirectory, RunDirectoryError, distinct_names
 from experiments.run.display import history_table, layer_table, rank_table
 from experiments.run.metrics import Layer, totals
 from experiments.schema import check_layer, check_links, check_records, check_result
@@ -149,9 +150,8 @@ def _load_directory(path: Path) -> Run:
         layers, more = _layers(result)
         notes += more
     else:
-        epochs = options.get("epochs", "?")
         notes.append(
-            f"not finished: {len(history)} of {epochs} epochs are done; shapes of the layers come with its end"
+            f"not finished: {len(history)} of {_epochs(options)} epochs are done; shapes of the layers come with its end"
         )
     if not history:
         notes.append("no epoch is complete: nothing to tabulate or draw")
@@ -256,7 +256,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             method_name(options),
             asked(options),
             options.get("seed"),
-            f"{len(run.history)}/{options.get('epochs', '?')}",
+            f"{len(run.history)}/{_epochs(options)}",
             _percent(last.get("test_accuracy"), 2),
             _percent(last.get("compression_all"), 1),
             _percent(last.get("compression_conv"), 1),
@@ -269,16 +269,8 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 
 def _with_distinct_names(runs: list[Run]) -> list[Run]:
     """Runs of one name, told apart by their paths."""
-    names = [run.name for run in runs]
-    distinct = [run.name if names.count(run.name) == 1 else _path_name(run.source) for run in runs]
-    if len(set(distinct)) < len(distinct):
-        distinct = [f"{name} ({number})" for number, name in enumerate(distinct, start=1)]
-    return [dataclasses.replace(run, name=name) for run, name in zip(runs, distinct)]
-
-
-def _path_name(path: Path) -> str:
-    parts = path.with_suffix("").parts if path.is_file() else path.parts
-    return "-".join(parts[-2:]).strip("/")
+    names = distinct_names([run.source for run in runs])
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
 
 
 def _describe(options: Mapping[str, Any]) -> str:
@@ -291,6 +283,14 @@ def _describe(options: Mapping[str, Any]) -> str:
     words = [f"{name} {options[name]}" for name in names if options.get(name) is not None]
     start = f"{options.get('model', '?')} ({options.get('method', '?')}) on {options.get('dataset', '?')}"
     return f"{start}: {', '.join(words)}"
+
+
+def _epochs(options: Mapping[str, Any]) -> int | str:
+    """Epochs in all, if the options say."""
+    epochs, rounds = options.get("epochs"), options.get("rounds", PruningConfig().rounds)
+    if not isinstance(epochs, int) or not isinstance(rounds, int):
+        return "?"
+    return epochs * (rounds + 1 if options.get("method") == "imp" else 1)
 
 
 def _percent(value: float | None, digits: int) -> str | None:

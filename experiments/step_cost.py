@@ -1,7 +1,8 @@
 """What a training step of finished runs costs, side by side: ``python -m experiments.step_cost RUN [RUN ...]``.
 
 Restores the last checkpoint of every run, compiles its step at the capacities it ended with, and times steps of all runs in turn,
-so that what disturbs one of them disturbs all. Writes medians and the compiler's plan of the memory as JSON and prints a table.
+so that what disturbs one of them disturbs all. Of runs whose steps are not alike (``--adapt-every``) the time is the mean over a
+period. Writes medians and the compiler's plan of the memory as JSON and prints a table.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def measure(directories: Sequence[Path], *, rounds: int = 30, data_dir: Path | N
 
     Args:
       directories: of finished runs.
-      rounds: how often each run's step is timed, 1 or more; two more go before that are not.
+      rounds: how often each run's step, or period of steps, is timed, 1 or more; two more go before that are not.
       data_dir: directory of prepared tfds data sets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
@@ -58,20 +59,20 @@ def measure(directories: Sequence[Path], *, rounds: int = 30, data_dir: Path | N
     """
     import jax
 
-    from experiments.run.directory import environment
+    from experiments.run.directory import distinct_names, environment
 
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be 1 or more")
-    steps = {directory.name: _Step(directory, data_dir) for directory in directories}
+    names = distinct_names(directories)
+    steps = {name: _Step(directory, data_dir) for name, directory in zip(names, directories)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in itertools.count(-2):  # the first two warm caches up
         if index == rounds:
             break
         for name, step in steps.items():
-            started = time.perf_counter()
-            step.run()
+            taken = step.period()
             if index >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     stored = environment([])
     return {
         **{key: stored[key] for key in ("hardware", "settings", "versions", "commit")},
@@ -105,18 +106,29 @@ class _Step:
         self.state = work.state
         self.order = epoch_order(config.run.seed, 0, len(loaded.train.labels), config.optimizer.batch_size)
         self.epoch, self.index = jnp.int32(0), 0
+        self.every = config.tdlrt.adapt_every if config.model.parts.adaptive else 1
+        self.between = config.tdlrt.between if config.model.parts.adaptive else None
         self.accuracy = stored["final"]["test_accuracy"]
         self.compression = stored["final"]["compression_conv"]
 
-    def run(self) -> None:
-        """One step, waited for."""
+    def period(self) -> float:
+        """Seconds of a step: the mean over whole ones and those between, as they follow one another."""
+        if self.between is None:
+            return sum(self._run(whole=True) for _ in range(self.every)) / self.every
+        # All steps between are alike: one of them stands for the others.
+        return (self._run(whole=True) + (self.every - 1) * self._run(whole=False)) / self.every
+
+    def _run(self, *, whole: bool) -> float:
+        """Seconds of one step, waited for."""
         import jax
         import jax.numpy as jnp
 
         index = jnp.int32(self.index % self.order.shape[0])
-        self.state, report = self.programs.train(self.state, self.train, self.order, self.epoch, index)
-        self.index += 1
+        started = time.perf_counter()
+        self.state, report = self.programs.train(self.state, self.train, self.order, self.epoch, index, whole=whole)
         jax.block_until_ready((self.state, report))
+        self.index += 1
+        return time.perf_counter() - started
 
     def facts(self) -> dict[str, Any]:
         """Everything but the times."""

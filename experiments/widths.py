@@ -36,10 +36,11 @@ PROTOCOL = (
     "schedule",
     "patience",
     "plateau_of",
+    "norm_momentum",
+    "gain",
     "hidden_units",
     "dropout",
 )
-_SINCE = {"hidden_units": 0, "dropout": 0.0}  # options that results of before do not have
 
 
 def comparable(*paths: Path) -> Rows:
@@ -66,7 +67,7 @@ def comparable(*paths: Path) -> Rows:
                 "in every result: train with --validation"
             )
         for name in PROTOCOL:
-            value, first = (each.get(name, _SINCE.get(name)) for each in (options, found[0]["options"]))
+            value, first = (each.get(name) for each in (options, found[0]["options"]))
             if value != first:
                 raise ValueError(
                     f"{name} is {value} in {_title(row)} and {first} in {_title(found[0])}: "

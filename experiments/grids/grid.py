@@ -20,6 +20,7 @@ from experiments.config import LOCATIONS, TrainConfig, from_json
 from experiments.grids.pace import Pace
 from experiments.publish import without_locations
 from experiments.run.directory import RunDirectory
+from experiments.run.process import interpreter
 from experiments.schema import check_result
 from experiments.sealed import read_sealed, sealed, write_text
 
@@ -230,7 +231,7 @@ def _main(grid: Grid, argv: list[str], command: Sequence[str], poll: float) -> i
     for name in ended.failed:
         console.print(f"failed: {name} (see {places.runs / name}.log)")
     if ended.left:
-        again = shlex.join(["python", "-m", f"experiments.{grid.name}", *argv])
+        again = shlex.join([interpreter(), "-m", f"experiments.{grid.name}", *argv])
         console.print(f"{ended.left} of {len(chosen)} runs left; continue with\n  {again}")
     elif any(places.published(run).exists() for run in chosen):
         _render(grid, places, console)

@@ -43,6 +43,7 @@ class Protocol(NamedTuple):
         scale: str,
         seeds: int | None = None,
         dataset: str | None = None,
+        row: str | None = None,
     ) -> list[Run]:
         """One run a seed.
 
@@ -52,11 +53,12 @@ class Protocol(NamedTuple):
           scale: one of :data:`~experiments.grids.grid.SCALES`.
           seeds: how many, from 0; default as the scale says.
           dataset: another data set than the protocol's.
+          row: the name of the row whose settings the scale has for these runs too; default ``name``.
         """
         chosen = self.scales[scale]
         merged = {**self.options, **options, **chosen.options}
         merged |= chosen.methods.get(merged["method"], {}) | chosen.networks.get(merged["model"], {})
-        merged |= chosen.rows.get(name, {})
+        merged |= chosen.rows.get(name if row is None else row, {})
         if dataset is not None:
             merged["dataset"] = dataset
         count = chosen.seeds if seeds is None else seeds

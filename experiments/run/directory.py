@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from experiments.run.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
 
-__all__ = ["RunDirectory", "RunDirectoryError", "environment"]
+__all__ = ["RunDirectory", "RunDirectoryError", "distinct_names", "environment"]
 
 _PACKAGES = ("tdlrt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 _PLACE = ("commit", "versions", "hardware", "settings")  # what numbers of a stretch of a run may depend on
@@ -245,6 +245,21 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} holds a run with other options:\n{listed}\nIt was started with: {command}"
             )
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Names of runs and results, told apart by more of their paths where the last part of several is the same.
+
+    Example:
+      >>> distinct_names([Path("a/seed0"), Path("b/seed0"), Path("c/first.json")])
+      ['a-seed0', 'b-seed0', 'first']
+    """
+    parts = [(path.with_suffix("") if path.suffix == ".json" else path.resolve()).parts for path in paths]
+    names = [part[-1] for part in parts]
+    longer = [name if names.count(name) == 1 else "-".join(part[-2:]) for name, part in zip(names, parts)]
+    if len(set(longer)) == len(longer):
+        return longer
+    return [f"{name} ({number})" for number, name in enumerate(longer, start=1)]
 
 
 def default_path(config: TrainConfig) -> Path:

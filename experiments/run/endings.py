@@ -16,6 +16,7 @@ from experiments.run import plots
 from experiments.run.directory import RunDirectory
 from experiments.run.display import layer_table
 from experiments.run.metrics import Layer, totals
+from experiments.run.process import interpreter
 from tdlrt_jax import checkpoint
 from tdlrt_jax.status import NOT_ORTHONORMAL
 
@@ -77,7 +78,8 @@ class Ending:
         if options.clip is None:
             advice.append("--clip 1.0")
         if self.config.model.parts.adaptive:
-            advice.append(f"a smaller --tau (it was {self.config.tdlrt.tau:g})")
+            name = "tau" if self.config.tdlrt.budget is None else "budget"
+            advice.append(f"a smaller --{name} (it was {getattr(self.config.tdlrt, name):g})")
         advice.append(f"--skip-nonfinite (it was {options.skip_nonfinite})")
         what = f"the loss ({error.loss:g}) or a gradient is not finite"
         if error.status & NOT_ORTHONORMAL:
@@ -125,12 +127,26 @@ class Ending:
         self.console.print(layer_table(summary, totals(summary)))
         for advice in tdlrt_jax.describe_status(status):
             self._say(f"Note: {advice}.")
+        self._say_what_a_budget_lacks(summary)
         final = history[-1]
         self._say(
             f"test accuracy {final['test_accuracy']:.2%}, compression {final['compression_all']:.1%} of all weights, "
             f"{final['compression_conv']:.1%} of the convolutions. Results, plots and checkpoints: {self.directory.path}"
         )
         return Outcome(0, self.directory.path, result)
+
+    def _say_what_a_budget_lacks(self, summary: list[Layer]) -> None:
+        """A note where less was saved than asked for."""
+        budget = self.config.tdlrt.budget
+        kernels = [layer for layer in summary if layer.rank is not None]
+        if budget is None or not self.config.model.parts.adaptive or not kernels:
+            return
+        saved = 1 - sum(layer.parameters for layer in kernels) / sum(layer.full for layer in kernels)
+        if saved < budget - 1e-3:
+            self._say(
+                f"Note: --budget {budget:g} was not reached, {saved:.1%} of the kernels in Tucker format are saved. Train for "
+                "more --epochs, or reach it sooner with fewer --budget-epochs."
+            )
 
     def _plot(self, history: list[dict[str, Any]], spectra: dict[str, Any]) -> None:
         figures = {
@@ -144,10 +160,10 @@ class Ending:
 
     def _resume_command(self) -> str:
         command = (self.directory.config() or {})["command"]
-        words = [word for word in shlex.split(command) if word != "--resume"]
+        _, *words = [word for word in shlex.split(command) if word != "--resume"]
         if self.config.run.run_dir is None:
             words += ["--run-dir", str(self.directory.path)]
-        return shlex.join([*words, "--resume"])
+        return shlex.join([interpreter(), *words, "--resume"])
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
 
-__all__ = ["SETTINGS", "start_over"]
+__all__ = ["SETTINGS", "interpreter", "start_over"]
 
 SETTINGS = {
     # jaxlib factorizes on the CPU by scipy's OpenBLAS, whose threads wait for one another within every small QR: with a busy
@@ -16,6 +18,20 @@ SETTINGS = {
     # kernel hands out every page of 4 KiB anew in every step. With huge pages, of 2 MiB, that is hardly noticed.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+
+
+def interpreter(executable: str = sys.executable, path: str | None = None) -> str:
+    """How a command line starts the Python that runs: ``python`` where a shell finds that one, else where it is.
+
+    Args:
+      executable: the Python that runs.
+      path: where a shell looks, ``$PATH`` by default.
+    """
+    found = shutil.which("python", path=path)
+    if found is not None and Path(found).absolute().parent == Path(executable).absolute().parent:
+        return "python"
+    near = os.path.relpath(executable)
+    return executable if near.startswith("..") else near
 
 
 def start_over(

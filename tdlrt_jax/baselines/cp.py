@@ -201,7 +201,7 @@ def cp_als(dense: Array, rank: int, *, iterations: int = 100, seed: int = 0) -> 
         import tensorly
         from tensorly.decomposition import parafac
     except ImportError as error:
-        raise ImportError("cp_als needs tensorly: pip install 'tdlrt_jax[baselines]'") from error
+        raise ImportError("cp_als needs tensorly: pip install '.[baselines]' in this project's directory") from error
     with tensorly.backend_context("numpy"):
         weights, factors = parafac(
             np.asarray(dense, np.float64), rank, n_iter_max=iterations, init="random", random_state=seed

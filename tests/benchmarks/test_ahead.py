@@ -85,7 +85,7 @@ def test_a_step_can_be_compiled_for_elsewhere():
 def test_without_the_plugin_it_is_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ahead, "PLUGINS", ("no_such_package.plugin",))
     assert run.main(["--scale", "smoke", "--sections", "ahead", "--output", str(tmp_path), "--no-peers"]) == 0
-    assert 'pip install "tdlrt_jax[cuda]"' in capsys.readouterr().out
+    assert 'pip install ".[cuda]"' in capsys.readouterr().out
     assert not (tmp_path / "ahead.json").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import train
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, changed_by_epochs, from_json
 from experiments.options import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TdlrtConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,11 @@ def test_help_lists_every_option_and_imports_nothing_slow():
         (["--model", "vgg16", "--hidden-units", "-1"], "--hidden-units -1: expected a number at least 0"),
         (["--validation", "0.95"], "--validation 0.95: expected a number at least 0 and at most 0.9"),
         (["--momentum", "1"], "--momentum 1.0"),
+        (
+            ["--method", "tucker", "--budget", "0.9"],
+            "--budget 0.9 has no effect on --method tucker, .* say what to save with --compression",
+        ),
+        (["--method", "snip", "--compression", "0.9", "--budget", "0.9"], "no effect on --method snip"),
         (["--resume"], "name the run to continue with --run-dir"),
         (["--dataset", "imagenet"], "cifar100"),
         (["--integrator", "euler"], "fixed_rank"),
@@ -105,3 +110,9 @@ def test_options_as_json_are_flat_and_complete(tmp_path):
         and flat["rank"] == 8
         and flat["tau"] == TdlrtConfig().tau
     )
+
+
+def test_a_budget_that_a_dense_network_ignores_is_no_obstacle_to_more_epochs():
+    options = {"schedule": "constant", "budget": 0.9}
+    assert "budget" in changed_by_epochs(from_json({**options, "method": "tdlrt"}))
+    assert changed_by_epochs(from_json({**options, "method": "dense"})) is None

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import cut_costs
 from experiments.grids.figures import plot_cut_costs
-from tests.experiments.jobs import DENSE, run
+from tests.experiments.jobs import TINY, run
 from tests.experiments.test_figures import is_drawn
 from tests.helpers import dense64
 
@@ -99,10 +99,12 @@ def test_the_figure_shows_every_cut(measured):
 def test_what_is_refused(tmp_path, capsys):
     assert cut_costs.main([str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
-    directory = tmp_path / "dense"
-    assert run(*DENSE, "--epochs", "1", "--run-dir", directory) == 0
-    capsys.readouterr()
-    assert cut_costs.main([str(directory)]) == 2
-    assert "without Tucker kernels: expected one of --method tdlrt or tucker" in capsys.readouterr().err
+    for method in ("dense", "tucker"):
+        directory = tmp_path / method
+        assert run(*TINY, "--method", method, "--epochs", "1", "--run-dir", directory) == 0
+        capsys.readouterr()
+        assert cut_costs.main([str(directory)]) == 2
+        message = "without Tucker kernels of orthonormal factors: expected one of --method tdlrt"
+        assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="batches=3 must be 4 or more"):
         cut_costs.measure(directory, batches=3)

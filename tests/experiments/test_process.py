@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments.run.process import SETTINGS, start_over
+from experiments.run.process import SETTINGS, interpreter, start_over
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is started over")
 
@@ -35,3 +35,18 @@ def test_a_process_sees_the_settings_once_and_its_own_arguments():
         [sys.executable, "-c", program, "a b"], env={"OPENBLAS_NUM_THREADS": "2"}, capture_output=True, text=True
     )
     assert done.stdout == f"{['a b']} {['2', SETTINGS['GLIBC_TUNABLES']]}\n", done.stderr
+
+
+def test_the_interpreter_is_named_so_that_a_shell_finds_it(tmp_path, monkeypatch):
+    """As python where that is the one that runs, and not another one."""
+    ours, others = tmp_path / ".venv" / "bin", tmp_path / "elsewhere"
+    for place in (ours, others):
+        place.mkdir(parents=True)
+        (place / "python").write_text("")
+        (place / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    program = str(ours / "python3")
+    assert interpreter(program, path=f"{ours}:{others}") == "python"
+    assert interpreter(program, path=f"{others}:{ours}") == interpreter(program, path="") == ".venv/bin/python3"
+    monkeypatch.chdir(others)
+    assert interpreter(program, path="") == program

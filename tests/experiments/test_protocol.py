@@ -121,3 +121,19 @@ def test_configurations_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "vgg16_tdlrt.toml").write_text('[options]\nmodel = "vgg16"\nmethod = "tdlrt"\n[paper]\n')
     with pytest.raises(GridError, match=r"vgg16_tdlrt\.toml lacks 'title'"):
         read_rows(Path(tmp_path))
+
+
+@pytest.mark.parametrize("scale", ["full", "cpu"])
+def test_figure_1_is_trained_as_table_1_is(scale):
+    """At every scale a point of a sweep has the options of its method's row, but for what governs its compression."""
+    rows = {run.name: run.config() for run in table1.plan(scale, 1, None)}
+    compared = 0
+    for run in figure1.plan(scale, 1, None):
+        network, point, seed = run.name.split("/")
+        for method in ("tdlrt", "matrix_dlrt"):
+            if point.startswith((f"{method}-budget-", f"{method}-0")):
+                ours, theirs = run.config(), rows[f"{network}/{method}/{seed}"]
+                free = {"budget"} | ({"rank"} if scale == "cpu" else set())
+                assert {name for name in ours if ours[name] != theirs[name]} <= free, run.name
+                compared += 1
+    assert compared == 3 * 10

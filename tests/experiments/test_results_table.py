@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import step_cost
+from experiments import show, step_cost
 from experiments.results_table import markdown, rows
+from experiments.sealed import write_sealed
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "experiments" / "results" / "mnist_lenet5"
@@ -95,3 +96,26 @@ def test_the_results_page_shows_what_the_norm_of_initial_kernels_changes():
         gain = f"{result['options']['gain']:.3g}"
         line = f"| {name} | {gain} | {', '.join(lowered) or 'never'} | {', '.join(accuracies)} |"
         assert line in RESULTS_PAGE.read_text(), line
+
+
+def test_options_younger_than_a_result_make_no_other_row(tmp_path):
+    """A seed of now stands beside those of before there was an option that it has at its default."""
+    before = json.loads((RESULTS.parent / "schedule" / "tdlrt_seed1.json").read_text())
+    assert "dropout" not in before["options"]
+    options = {**before["options"], "hidden_units": 0, "dropout": 0.0, "seed": 2}
+    write_sealed(tmp_path / "now.json", {**before, "options": options, "seed": 2})
+    write_sealed(tmp_path / "other.json", {**before, "options": {**options, "dropout": 0.5}})
+    found = rows(RESULTS.parent / "schedule" / "tdlrt_seed1.json", tmp_path)
+    assert sorted(len(row["seeds"]) for row in found) == [1, 2]
+    assert max((row["seeds"] for row in found), key=len) == [1, 2]
+
+
+def test_epochs_are_those_that_were_trained():
+    """The rounds of imp are as many times --epochs."""
+    imp = next((RESULTS.parent / "table1" / "cpu").rglob("imp/seed0.json"))
+    result = json.loads(imp.read_text())
+    (row,) = rows(imp)
+    assert row["epochs"] == len(result["epochs"]) > result["options"]["epochs"]
+    assert f"{row['epochs']}/{row['epochs']}" in [
+        next(iter(column.cells)) for column in show.comparison_table([show.load(imp)]).columns
+    ]

@@ -58,7 +58,7 @@ def test_every_row_stands_beside_the_dense_network_of_its_width(results):
 
 def test_dense_networks_of_one_width_count_by_their_seeds(results):
     """Two rows of dense networks, one of them of two seeds: all three are what others stand beside."""
-    put(results, "g", 0.88, 9000, width=1.0, method="dense", norm_momentum=0.9)
+    put(results, "g", 0.88, 9000, width=1.0, method="dense", skip_nonfinite=1)
     (row,) = [
         line for line in widths.markdown(widths.comparable(results)).splitlines() if "TDLRT" in line and "VGG16" in line
     ]
@@ -138,3 +138,13 @@ def test_a_network_with_hidden_layers_is_another_one():
         RESULTS.parent / "alexnet" / "quarter_tucker.json",
     )
     assert len(widths.comparable(*quarter)) == 2
+
+
+def test_networks_of_other_initial_kernels_and_statistics_are_others():
+    dense = RESULTS.parent / "width" / "alexnet_quarter_dense.json"
+    with pytest.raises(ValueError, match=r"gain is 1.0 in .* and 0.25 in |gain is 0.25 in .* and 1.0 in "):
+        widths.comparable(dense, RESULTS.parent / "alexnet" / "quarter_dense_gain_0.25.json")
+    with pytest.raises(ValueError, match=r"norm_momentum is 0.99? in .* and 0.99? in "):
+        widths.comparable(
+            RESULTS.parent / "patience" / "dense_10.json", RESULTS.parent / "schedule" / "dense_seed1.json"
+        )
