@@ -331,3 +331,12 @@ def test_what_a_run_ended_while_it_began_left_is_in_nobodys_way(tmp_path, no_plo
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert run(*DENSE, "--run-dir", tmp_path / "mine") == 2
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_budget_that_is_not_reached_is_noted(tmp_path, no_plots, capsys):
+    short = [*TINY, "--rank", "0.5", "--budget", "0.95", "--schedule", "constant", "--budget-epochs"]
+    assert run(*short, "20", "--run-dir", tmp_path / "late") == 0
+    assert "Note: --budget 0.95 was not reached, " in capsys.readouterr().out
+    assert run(*short, "1", "--run-dir", tmp_path / "early") == 0
+    saved = read_sealed(tmp_path / "early" / "result.json")["final"]["compression_all"]
+    assert "was not reached" not in capsys.readouterr().out and saved > 0.9

@@ -91,3 +91,12 @@ def test_means_are_over_the_steps_that_were_taken():
 def test_the_option_is_checked():
     with pytest.raises(ValueError, match="skip-nonfinite"):
         OptimizerConfig(skip_nonfinite=-1)
+
+
+def test_the_advice_is_about_what_decides_the_ranks(tmp_path, bad_steps, capsys):
+    bad_steps += [(0, 1)]
+    assert run("--budget", 0.5, "--run-dir", tmp_path / "budget") == 1
+    advice = capsys.readouterr().out
+    assert "a smaller --budget (it was 0.5)" in advice and "--tau" not in advice
+    assert run("--run-dir", tmp_path / "tau") == 1
+    assert "a smaller --tau (it was 0.2)" in capsys.readouterr().out
