@@ -26,7 +26,7 @@ REASONS = {
     ),
     _ASKS: (
         *("tucker.is_tucker", "baselines.cp.is_cp", "baselines.pruning.weights_of_layers", "arguments.shown"),
-        *("rules.rule_for", "rules.layer_path", "paths.path_name", "paths.flatten_kernels"),
+        *("rules.rule_for", "rules.layer_path", "paths.path_name", "paths.flatten_kernels", "paths.masked_paths"),
     ),
     _INNER: (
         *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
