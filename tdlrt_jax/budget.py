@@ -136,7 +136,7 @@ def initial_state(
     least = {}
     for name, plan in zip(kernels, plans):
         lows = per_mode(plan.policy.min_rank, len(plan.shape), "min_rank")
-        lowest = [n if w else min(low, n) for n, low, w in zip(plan.shape, lows, plan.whole)]
+        lowest = [n if w else min(max(low, plan.policy.spare), n) for n, low, w in zip(plan.shape, lows, plan.whole)]
         least[name] = parameter_count(plan.shape, lowest, plan.whole)
     target = _target(budget, params, plans)
     if sum(least.values()) > target:
@@ -144,8 +144,8 @@ def initial_state(
         listed = ", ".join(f"{name!r} ({least[name]:,})" for name in most)
         raise ValueError(
             f"compression={budget.compression} of {budget.of!r} leaves {max(target, 0):,.0f} numbers for the kernels, but their "
-            f"least ranks need {sum(least.values()):,}, most of it {listed}: ask for less compression, lower min_rank, give "
-            'these kernels fewer whole modes, or make more layers Tucker layers if of="all"'
+            f"least ranks need {sum(least.values()):,}, most of it {listed}: ask for less compression, lower min_rank or spare, "
+            'give these kernels fewer whole modes, or make more layers Tucker layers if of="all"'
         )
     ranks = [active_rank(kernel).astype(jnp.float32) for kernel in kernels.values()]
     start = _add([_count(plan, rank) for plan, rank in zip(plans, ranks, strict=True)])

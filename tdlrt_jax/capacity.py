@@ -22,7 +22,7 @@ from tdlrt_jax.arguments import (
     check_number,
     shown,
 )
-from tdlrt_jax.paths import kernel_paths, path_name
+from tdlrt_jax.paths import kernel_paths, kernels_in_parts, path_name
 from tdlrt_jax.ranks import max_capacity
 from tdlrt_jax.truncation import truncate
 from tdlrt_jax.tucker import (
@@ -63,7 +63,8 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
       The tree with resized kernels. Whole modes stay.
 
     Raises:
-      ValueError: naming the kernel, if anything that is not zero would be cut, or a capacity is impossible.
+      ValueError: naming the kernel, if anything that is not zero would be cut, a capacity is impossible, or core and factors are
+        there by themselves (those of ``nnx.state(optimizer)``; ``nnx.as_pure(optimizer.opt_state)`` has kernels).
 
     Example:
       >>> import jax.numpy as jnp, tdlrt_jax
@@ -75,6 +76,11 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
     check_concrete("tree", [node for _, node in leaves if is_tucker(node)])
     names = [path_name(path) for path, node in leaves if is_tucker(node)]
+    if parts := kernels_in_parts(tree):
+        raise ValueError(
+            f"tree has the parts of the kernel {next(iter(parts))!r}, core and factors, by themselves: expected a TuckerTensor "
+            "of them. Of an nnx.Optimizer, nnx.as_pure(optimizer.opt_state) has them so, and nnx.state(optimizer) has not"
+        )
     if isinstance(capacity, Mapping):
         if list(capacity) == ["kernel"] and not any(_ends(name, "kernel") for name in names):
             capacity = capacity["kernel"]  # the parameters are one kernel, whose empty path ends every other
@@ -97,6 +103,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
 
 
 def _ends(name: str, key: str) -> bool:
+    name, key = name.removesuffix("/value"), key.removesuffix("/value")  # of a flax Variable
     return name == key or name.endswith("/" + key)
 
 

@@ -85,7 +85,12 @@ class RankControl:
                         f"{argument}: the pattern {pattern!r} is found in no kernel's path; the paths are {tree.names}"
                     )
         # Rules that tuckerize was given as well may be for layers that another part of a partition moves.
-        check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in [*tree.node_names, *hidden]))
+        try:
+            check_rules_match(self.rules, dict.fromkeys(layer_path(name) for name in [*tree.node_names, *hidden]))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (Leave out rules for layers that a filter, wrt= of nnx.Optimizer, hides.)"
+            ) from None
 
     def initial(self, tree: KernelTree, params: Any) -> tuple[Array, Any]:
         """The first tolerance, and the state of a budget (``()`` without one)."""
@@ -122,7 +127,8 @@ class RankControl:
             ceilings = [budget.ceiling[name] for name in tree.names]
             found = (budget, tolerance)
         truncations = []
-        for name, kernel, ceiling in zip(tree.names, tree.kernels, ceilings):
+        highest = jnp.iinfo(jnp.int32).max
+        for name, kernel, ceiling, increment in zip(tree.names, tree.kernels, ceilings, increments):
             rank = active_rank(kernel)
             warming = step < self.warmup
             floor = jnp.where(warming, rank, 0)
@@ -131,7 +137,11 @@ class RankControl:
             if self.freeze_after is not None:
                 frozen = step >= self.freeze_after
                 floor = jnp.where(frozen, rank, floor)
-                ceiling = jnp.where(frozen, rank, jnp.iinfo(jnp.int32).max if ceiling is None else ceiling)
+                ceiling = jnp.where(frozen, rank, highest if ceiling is None else ceiling)
+            # What does not move is not truncated: a layer that is frozen inside (optax.set_to_zero, stop_gradient) stays.
+            still = ~jnp.any(increment != 0)
+            floor = jnp.where(still, rank, floor)
+            ceiling = jnp.where(still, rank, highest if ceiling is None else ceiling)
             own = self._rule(name).tolerance
             tau = (jnp.zeros_like(tolerance) if found else tolerance) if own is None else jnp.float32(own)
             policy = self.policy_of(name, kernel)

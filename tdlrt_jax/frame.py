@@ -7,6 +7,7 @@ the same kernel ``W``. They are the partial derivatives of one function, the aff
     W(C, K_1..K_d) = C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (K_i - U_i S_i)
 
 with ``U_j, Q_i, S_i`` held constant. A :class:`Frame` is this chart, so *any* operation on a kernel differentiates correctly.
+Where a layer's own derivative is differentiated again (a gradient penalty in the loss), the chart takes the place of its rule.
 """
 
 from __future__ import annotations
@@ -173,6 +174,21 @@ def chart_point(frame: Frame) -> TuckerTensor:
 def with_point(frame: Frame, point: TuckerTensor) -> Frame:
     """The frame with the variables of ``point`` and the constants of ``frame``."""
     return frame._replace(core=point.core, K=None if frame.K is None else point.factors)
+
+
+def differentiated_again(frame: Frame) -> bool:
+    """Whether what is computed of a frame is to be differentiated in its chart once more, as in a loss with a gradient penalty.
+
+    The rules for layers are identities of first order: their products have the values at one point, not those around it, and
+    bases that stand still. Differentiated from outside of :func:`value_and_grad`, bases and all, they are right. Within a
+    function that the loss has jitted nothing can be told: there the answer is no.
+    """
+    point, rest = jax.tree.leaves((frame.core, frame.K)), jax.tree.leaves((frame.U, frame.Q))
+    return any(map(_is_differentiated, point)) and not any(map(_is_differentiated, rest))
+
+
+def _is_differentiated(leaf: Any) -> bool:
+    return type(leaf).__name__ in ("JVPTracer", "LinearizeTracer")  # of jax.grad, jax.jvp; not public
 
 
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:

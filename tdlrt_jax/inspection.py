@@ -14,7 +14,16 @@ from tdlrt_jax.batching import map_batched, map_light
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, unfold
 
-__all__ = ["ORTHONORMAL", "adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite"]
+__all__ = [
+    "ORTHONORMAL",
+    "adds_up",
+    "all_finite",
+    "deviation",
+    "largest_deviation",
+    "look_other",
+    "look_plain",
+    "stays_finite",
+]
 
 # Largest entry of |U^T U - I| that a step accepts. Its Newton-Schulz correction (see orthonormal_factors) takes a deviation E to
 # 3/4 E^2, so what is accepted is orthonormal to 1e-6 afterwards, and to rounding one step later.
@@ -98,6 +107,28 @@ def _beside_plain(u: Array, dk: Array, core: Array, q: Array) -> Array:
     core_part = jnp.matmul(core, q.T, precision=HIGHEST)
     pairs = [(inside - core_part,), (inside, core_part), (dk, core)]
     return jnp.stack([sum(jnp.sum(part.astype(jnp.float32) ** 2) for part in parts) for parts in pairs])
+
+
+def look_other(first: Sequence[TuckerTensor], second: Sequence[TuckerTensor]) -> Array:
+    """Whether gradients in augmented bases are others than those before, which they contain: their first block is ``dC``.
+
+    Args:
+      first: ``(dC, dK_i)``.
+      second: ``dC̃``, of the same network.
+    """
+    if not first:
+        return jnp.zeros((), bool)
+    blocks = [there.core[tuple(map(slice, here.core.shape))] for here, there in zip(first, second)]
+    apart, agreement = sum(map_light(_beside_other, [here.core for here in first], blocks), start=jnp.zeros(2))
+    total = sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(list(second)))
+    # A seventh of the gradient is more than what is rounded in 16 bits.
+    return (apart > 0.01 * agreement) & (apart > 1e-4 * total)
+
+
+def _beside_other(here: Array, there: Array) -> Array:
+    """The energies of the difference of two gradients, and of both."""
+    here, there = here.astype(jnp.float32), there.astype(jnp.float32)
+    return jnp.stack([jnp.sum((here - there) ** 2), jnp.sum(here**2) + jnp.sum(there**2)])
 
 
 def _is_inexact(leaf: Any) -> bool:

@@ -78,6 +78,8 @@ def find_moments(
             if others is not None:
                 _check_mirrors(state, path, node, others)
             continue
+        if not jax.tree.leaves(node):  # of another label's parameters, in a partition
+            continue
         index = _owner(path, kernels)
         prefix = path[: len(path) - len(kernels[index][0])]
         name = jax.tree_util.keystr(prefix[-1:], simple=True)

@@ -16,7 +16,7 @@ from jax import Array
 
 from tdlrt_jax.batching import map_batched, map_light
 from tdlrt_jax.frame import Frame, chart_point, core_frame, entries_in_use, lift_all
-from tdlrt_jax.inspection import all_finite
+from tdlrt_jax.inspection import all_finite, look_other
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all
 from tdlrt_jax.integrators import embed as embed_step
 from tdlrt_jax.moments import NetworkMoments
@@ -52,6 +52,7 @@ class StepOutcome(NamedTuple):
         Array  # float32, of the next factors from orthonormal ones, before the correction that they have had since
     )
     budget: tuple[Any, Array] | None  # a budget's next state, and the tolerance it found
+    other: Array  # bool, whether the second gradient is another one than the first, where they should agree
 
 
 # What limits the ranks of a step: from the Galerkin points and the cores' increments to one Truncation a kernel, and the
@@ -105,14 +106,16 @@ class NetworkStep(NamedTuple):
             bases = augment_all(frames, steps)
             points = map_batched(scheme.basis_step, bases, steps, apart=self.tree.whole_sizes)
         if scheme.evaluations == 1:
-            after_last, finite = after_first, jnp.ones((), bool)
+            after_last, finite, other = after_first, jnp.ones((), bool), jnp.zeros((), bool)
             with jax.named_scope("tdlrt.augment"):
                 increments = map_batched(embed_step, steps, bases, apart=self.tree.whole_sizes)
         else:
             assert value_and_grad_fn is not None
             if scheme.same_network:  # a pass through the network may then be spared, see galerkin
                 value_and_grad_fn = getattr(value_and_grad_fn, "at_same_network", value_and_grad_fn)
-            nodes, after_last, finite = self._second_update(gradients, inner_state, bases, points, value_and_grad_fn)
+            nodes, after_last, finite, other = self._second_update(
+                gradients, inner_state, bases, points, value_and_grad_fn, same_network=scheme.same_network
+            )
             increments = [update.core for update in self.tree.pick(nodes)]
 
         kernels = self.tree.kernels
@@ -154,6 +157,7 @@ class NetworkStep(NamedTuple):
             finite=finite,
             deviation=jnp.max(jnp.stack([m.deviation.astype(jnp.float32) for m in moved])),
             budget=budget,
+            other=other,
         )
 
     def turning_step(self, frames: list[Frame], gradients: list[Any], inner_state: Any) -> StepOutcome:
@@ -229,6 +233,7 @@ class NetworkStep(NamedTuple):
             finite=jnp.ones((), bool),
             deviation=jnp.zeros((), jnp.float32),  # of factors that stay
             budget=None,
+            other=jnp.zeros((), bool),
         )
 
     def _inner_update(self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any) -> tuple:
@@ -264,10 +269,13 @@ class NetworkStep(NamedTuple):
         bases: list[Augmented],
         points: list[Galerkin],
         value_and_grad_fn: ValueAndGrad,
-    ) -> tuple[list[Any], Any, Array]:
+        *,
+        same_network: bool,
+    ) -> tuple[list[Any], Any, Array, Array]:
         """Line 9: the inner update of the cores, from the same state as the first, at the Galerkin points.
 
-        Also whether their gradients are finite: an inner transformation may hide it. Leaves that are not kernels take the first
+        Also whether their gradients are finite: an inner transformation may hide it; and whether they are others than the first,
+        where both are of the same network. Leaves that are not kernels take the first
         gradient, so they move once. The ``K_i`` take no part: as zeros they add nothing to a norm.
         """
         at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
@@ -280,7 +288,9 @@ class NetworkStep(NamedTuple):
         ]
         state = self._moments.at_galerkin_points(state, bases, points)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
-        return *self._inner_update(gradients, core_grads, at_points, state), all_finite(core_grads)
+        nodes, state = self._inner_update(gradients, core_grads, at_points, state)
+        other = look_other(self.tree.pick(gradients), core_grads) if same_network else jnp.zeros((), bool)
+        return nodes, state, all_finite(core_grads), other
 
     def _frames_after(self, updates: list[TuckerTensor]) -> list[Frame]:
         """The frames at what ``optax.apply_updates`` will make of the kernels.

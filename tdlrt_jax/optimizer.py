@@ -197,7 +197,12 @@ def tdlrt(
             raise ValueError(
                 f"integrator={integrator!r} takes a second gradient at another basis: pass "
                 "value_and_grad_fn=lambda params: tdlrt_jax.value_and_grad(loss_fn)(params, batch) to update "
-                '(transformations such as optax.MultiSteps drop it), or use integrator="parallel"'
+                '(transformations such as optax.MultiSteps(...).gradient_transformation() drop it), or use integrator="parallel"'
+            )
+        if set(tree.names) != set(state.rank):
+            raise ValueError(
+                f"state is of the kernels {sorted(state.rank)}, params has {sorted(tree.names)}: expected the parameters that "
+                "init saw. For nnx.Optimizer, which hands out others, there is tdlrt_jax.nn.tdlrt"
             )
         tau = control.tolerance_at(state.step, state.tolerance)
         network = NetworkStep(tree, inner, extra, moments)
@@ -261,6 +266,7 @@ def _plain_outcome(updates: Any, inner: Any, state: TdlrtState) -> StepOutcome:
         finite=jnp.ones((), bool),
         deviation=jnp.zeros((), jnp.float32),
         budget=(state.budget, state.tolerance),
+        other=jnp.zeros((), bool),
     )
 
 
@@ -291,6 +297,7 @@ def _accept(
     accepted = finite & orthonormal
     status = jnp.where(finite, jnp.where(orthonormal, flags.OK, flags.NOT_ORTHONORMAL), flags.NONFINITE)
     status = status | jnp.where(accepted & plain, flags.PLAIN_GRADIENTS, flags.OK)
+    status = status | jnp.where(accepted & outcome.other, flags.OTHER_GRADIENT, flags.OK)
     status = (status | jnp.where(accepted & outcome.pressing, flags.RANK_AT_CAPACITY, flags.OK)).astype(jnp.int32)
     cumulative = state.cumulative_truncation_error
     assert outcome.budget is not None

@@ -9,7 +9,7 @@ import optax
 
 from tdlrt_jax.tucker import TuckerTensor, is_tucker, whole_sizes
 
-__all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "masked_paths", "path_name"]
+__all__ = ["KernelTree", "flatten_kernels", "kernel_paths", "kernels_in_parts", "masked_paths", "path_name"]
 
 
 def path_name(path: tuple) -> str:
@@ -41,6 +41,25 @@ def masked_paths(params: Any) -> list[str]:
 
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
     return [path_name(path) for path, node in leaves if is_leaf(node)]
+
+
+def kernels_in_parts(tree: Any) -> dict[str, tuple[str, Any, dict[str, Any]]]:
+    """Cores and factors that are in a tree by themselves and not in a TuckerTensor, as ``nnx.state`` of an optimizer has them.
+
+    Returns:
+      By the path of each such kernel the path of the core, the core, and the factors by their paths, in the order of the modes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tucker)
+    named = {path_name(path): node for path, node in leaves if not is_tucker(node)}
+    found = {}
+    for name, core in named.items():
+        prefix, _, last = name.removesuffix("/value").rpartition("/")
+        if last == "core":
+            start = f"{prefix}/factors/" if prefix else "factors/"
+            factors = {other: leaf for other, leaf in named.items() if other.startswith(start)}
+            if factors:
+                found[prefix or "kernel"] = (name, core, factors)
+    return found
 
 
 class KernelTree(NamedTuple):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from tdlrt_jax.arguments import check_integer
 
-__all__ = ["NONFINITE", "NOT_ORTHONORMAL", "OK", "PLAIN_GRADIENTS", "RANK_AT_CAPACITY", "SKIPPED", "describe_status"]
+__all__ = [
+    "NONFINITE",
+    "NOT_ORTHONORMAL",
+    "OK",
+    "OTHER_GRADIENT",
+    "PLAIN_GRADIENTS",
+    "RANK_AT_CAPACITY",
+    "SKIPPED",
+    "describe_status",
+]
 
 OK = 0
 NONFINITE = 1
 PLAIN_GRADIENTS = 2
 RANK_AT_CAPACITY = 4
 NOT_ORTHONORMAL = 8
+OTHER_GRADIENT = 16
 
 # The flags of a step that was left out.
 SKIPPED = NONFINITE | NOT_ORTHONORMAL
@@ -36,6 +46,12 @@ _ADVICE = {
         "and all was left as it was. Something outside of tdlrt changed them (an average, a decay, rounding to fewer bits, a "
         "transformation after tdlrt in a chain). tdlrt_jax.canonicalize(kernel) repairs them without changing the tensor; then "
         "make the optimizer's state anew with init, which also names a kernel that is not in order"
+    ),
+    OTHER_GRADIENT: (
+        "the second gradient of bug is another one than the first, where both are of the same network, and kernels move by the "
+        "second. Something changed the first before tdlrt saw it (clipping or a loss scale before it in a chain, a sum over "
+        "micro-batches as in optax.MultiSteps, a mean over devices), or the loss drew other random numbers. Transform gradients "
+        'inside of tdlrt, add up micro-batches by tdlrt_step(accumulate=), or use integrator="parallel", which has no second one'
     ),
 }
 

@@ -24,7 +24,7 @@ from jax import Array
 from tdlrt_jax.arguments import check_input, check_integers, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, resolve_input
-from tdlrt_jax.frame import Frame
+from tdlrt_jax.frame import Frame, differentiated_again
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
 __all__ = ["matrix_conv"]
@@ -105,12 +105,20 @@ def _product(x: Array, matrix: Array, precision: Any) -> Array:
     return jnp.matmul(x, matrix.astype(x.dtype), precision=precision)
 
 
+def _by_chart(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> Array:
+    """The convolution by the kernel itself, differentiable to any order, see :func:`tdlrt_jax.frame.differentiated_again`."""
+    dense = frame.chart_to_dense().reshape(*window, x.shape[-1], -1)
+    return convolve(x, dense.astype(x.dtype), geometry, precision=precision)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _one_pass(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> Array:
     return _forward(window, geometry, precision, x, frame)[0]
 
 
 def _forward(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> tuple[Array, Any]:
+    if differentiated_again(frame):
+        return _by_chart(window, geometry, precision, x, frame), (x, frame)
     a = _reduce(window, geometry, precision, x, frame.U[0])
     b = _product(a, frame.Q[1], precision)  # C = Ten_2(Q_2^T) ×_2 S_2, and K_2 = U_2 S_2
     return _product(b, frame.K[1].T, precision), (x, a, b, frame)
@@ -119,6 +127,12 @@ def _forward(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Arr
 def _backward(
     window: tuple[int, ...], geometry: Geometry, precision: Any, residuals: Any, dy: Array
 ) -> tuple[Array, Frame]:
+    if len(residuals) == 2:
+        x, frame = residuals
+        apply = partial(_by_chart, window, geometry, precision)
+        _, pullback = jax.vjp(lambda x, core, K: apply(x, frame._replace(core=core, K=K)), x, frame.core, frame.K)
+        dx, dcore, dK = pullback(dy)
+        return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
     x, a, b, frame = residuals
     reduce = partial(_reduce, window, geometry, precision)
     rows, columns = (lambda z: z.reshape(-1, z.shape[-1])), partial(jnp.matmul, precision=precision)

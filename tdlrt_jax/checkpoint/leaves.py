@@ -16,7 +16,7 @@ from tdlrt_jax.arguments import shown
 from tdlrt_jax.budget import BudgetState
 from tdlrt_jax.checkpoint.damage import listed
 from tdlrt_jax.optimizer import TdlrtState
-from tdlrt_jax.paths import path_name
+from tdlrt_jax.paths import kernels_in_parts, path_name
 from tdlrt_jax.tucker import active_rank, is_tucker
 
 __all__ = [
@@ -76,6 +76,12 @@ def free_axes(tree: Any) -> dict[str, dict[int, int]]:
                     free[path_name((*path, *inner))] = modes
                 elif leaf.ndim > 1:
                     free[path_name((*path, *inner))] = {leaf.ndim - 1: leaf.shape[-2]}
+    for name, _, factors in kernels_in_parts(tree).values():
+        for other, factor in factors.items():
+            if np.ndim(factor) == 2:
+                mode = int(other.removesuffix("/value").rpartition("/")[2])
+                free.setdefault(name, {})[mode] = factor.shape[-2]
+                free[other] = {1: factor.shape[-2]}
     return free
 
 

@@ -33,11 +33,12 @@ from tdlrt_jax.conv.normalization import (
     Normalized,
     OutputGradient,
     normalize,
+    normalize_dense,
     normalize_in_reverse,
     normalize_pullback,
 )
 from tdlrt_jax.conv.rows import contract_rows
-from tdlrt_jax.frame import Frame
+from tdlrt_jax.frame import Frame, differentiated_again
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
 
 __all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel", "apply_normalized", "core_cotangent"]
@@ -243,12 +244,21 @@ def _one_pass(how: Application, x: Array, frame: Frame) -> Array:
 
 
 def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
+    if differentiated_again(frame):
+        return _by_chart(how, x, frame), (x, frame)
     a, b = _stages(how, x, frame)
     y = _expand(how, b, frame.K[-1])
     return y, (x, a if how.stream_in else None, b if how.stream_out else None, frame)
 
 
 def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame]:
+    if len(residuals) == 2:
+        x, frame = residuals
+        _, pullback = jax.vjp(
+            lambda x, core, K: _by_chart(how, x, frame._replace(core=core, K=K)), x, frame.core, frame.K
+        )
+        dx, dcore, dK = pullback(dy)
+        return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
     x, a, b, frame = residuals
     tapped, dy = dy, dy.astype(x.dtype)
     if not how.stream_out:
@@ -275,6 +285,9 @@ def _one_pass_normalized(
 def _normalized_forward(
     how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
 ) -> tuple[Normalized, Any]:
+    if differentiated_again(frame):
+        given = (x, frame, scale, bias)
+        return _normalized_by_chart(how, epsilon, dtype, *given), given
     a, b = _stages(how, x, frame)
     result, saved = normalize(b, frame.K[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)
     return result, (x, a if how.stream_in else None, frame, scale, bias, saved)
@@ -283,6 +296,15 @@ def _normalized_forward(
 def _normalized_backward(
     how: Application, epsilon: float, dtype: Any, residuals: Any, cotangents: Normalized
 ) -> tuple[Array, Frame, Array, Array]:
+    if len(residuals) == 4:
+        x, frame, scale, bias = residuals
+
+        def normalized(x: Array, core: Array, K: Any, scale: Array, bias: Array) -> Normalized:
+            return _normalized_by_chart(how, epsilon, dtype, x, frame._replace(core=core, K=K), scale, bias)
+
+        _, pullback = jax.vjp(normalized, x, frame.core, frame.K, scale, bias)
+        dx, dcore, dK, dscale, dbias = pullback(cotangents)
+        return dx, Frame(dcore, dK, None, None), dscale, dbias  # type: ignore[arg-type]
     x, a, frame, scale, bias, saved = residuals
     dy, last, dscale, dbias = normalize_pullback(saved, frame.K[-1], cotangents, how.precision)
     p = dy.project(frame.U[-1], how.precision).astype(x.dtype)
@@ -291,6 +313,18 @@ def _normalized_backward(
 
 
 _one_pass_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+def _by_chart(how: Application, x: Array, frame: Frame) -> Array:
+    """The application by the kernel itself, as :meth:`Frame.chart_to_dense` forms it: differentiable to any order."""
+    kernel, result = frame.chart_to_dense().astype(x.dtype), how.preferred_element_type
+    return convolve(x, kernel, how.geometry, precision=how.precision, preferred_element_type=result)
+
+
+def _normalized_by_chart(
+    how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
+) -> Normalized:
+    return normalize_dense(_by_chart(how, x, frame), scale, bias, epsilon=epsilon, dtype=dtype)
 
 
 def _stages(how: Application, x: Array, frame: Frame) -> tuple[Array, Array]:

@@ -26,7 +26,14 @@ REASONS = {
     ),
     _ASKS: (
         *("tucker.is_tucker", "baselines.cp.is_cp", "baselines.pruning.weights_of_layers", "arguments.shown"),
-        *("rules.rule_for", "rules.layer_path", "paths.path_name", "paths.flatten_kernels", "paths.masked_paths"),
+        *(
+            "rules.rule_for",
+            "rules.layer_path",
+            "paths.path_name",
+            "paths.flatten_kernels",
+            "paths.masked_paths",
+            "paths.kernels_in_parts",
+        ),
     ),
     _INNER: (
         *("budget.allowed", "budget.fit_ranks", "budget.initial_state", "budget.mode_energies", "control.RankControl"),
@@ -39,7 +46,15 @@ REASONS = {
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
         *(
             f"inspection.{n}"
-            for n in ("adds_up", "all_finite", "deviation", "largest_deviation", "look_plain", "stays_finite")
+            for n in (
+                "adds_up",
+                "all_finite",
+                "deviation",
+                "largest_deviation",
+                "look_other",
+                "look_plain",
+                "stays_finite",
+            )
         ),
         *("tucker.magnitude", "tucker.rank_of"),
         *("rotation.khatri_rao", "ranks.divisors", "ranks.last_above"),
