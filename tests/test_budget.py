@@ -357,3 +357,9 @@ def test_in_a_part_of_a_partition_all_parameters_cannot_be_counted():
     tx = optax.partition({"kernel": inner, "rest": optax.sgd(0.1)}, {"w": "kernel", "b": "rest"})
     with pytest.raises(ValueError, match=r"of='all'.*\['b'\] are hidden by optax.partition.*put these inside"):
         tx.init(params)
+
+
+def test_spare_directions_are_part_of_the_least_ranks():
+    params, *_ = regression()
+    with pytest.raises(ValueError, match=r"least ranks need .*lower min_rank or spare"):
+        tdlrt(optax.sgd(0.1), tolerance=Budget(0.8, steps=6), spare=6).init(params)

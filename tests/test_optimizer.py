@@ -8,8 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from tdlrt_jax import TuckerTensor, active_rank, describe_status, hosvd, resize, tdlrt, to_dense, value_and_grad
-from tdlrt_jax.status import NONFINITE, OK, PLAIN_GRADIENTS, RANK_AT_CAPACITY
+import tdlrt_jax
+from tdlrt_jax import (
+    TuckerTensor,
+    active_rank,
+    describe_status,
+    hosvd,
+    resize,
+    tdlrt,
+    to_dense,
+    tucker_linear,
+    value_and_grad,
+)
+from tdlrt_jax.status import NONFINITE, OK, OTHER_GRADIENT, PLAIN_GRADIENTS, RANK_AT_CAPACITY, SKIPPED
+from tdlrt_jax.step import find_states
 from tests.helpers import orthonormality, regression
 
 INTEGRATORS = ["bug", "parallel", "fixed_rank"]
@@ -332,3 +344,91 @@ def test_without_kernels_it_is_the_inner_transformation():
     updates, state = tx.update({"w": jnp.ones(3)}, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1)
     assert int(state.step) == 1
+
+
+def steps_apart(tx, *, by_hand=False):
+    """The status of a step of a kernel of full rank, and how far it is from a step of the dense kernel's descent, relative."""
+    rng = np.random.default_rng(0)
+    dense = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    batches = [tuple(jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 6), (8, 5))) for _ in range(2)]
+
+    def loss_fn(params, x, y):
+        return jnp.mean((tucker_linear(x, params["w"]) - y) ** 2)
+
+    params = {"w": hosvd(dense)}
+    state = tx.init(params)
+    for x, y in batches if by_hand else batches[:1]:
+        (_, grads), second = tdlrt_jax.value_and_two_grads(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, value_and_grad_fn=second)
+        params = optax.apply_updates(params, updates)
+
+    def mean(w):
+        used = batches if by_hand else batches[:1]
+        return sum(jnp.mean((x @ w - y) ** 2) for x, y in used) / len(used)
+
+    step = -0.1 * jax.grad(mean)(dense)
+    (found,) = find_states(state)
+    return int(found.status), float(jnp.linalg.norm(to_dense(params["w"]) - dense - step) / jnp.linalg.norm(step))
+
+
+@pytest.mark.parametrize("integrator", ["bug", "parallel"])
+def test_a_second_gradient_of_something_else_is_reported(integrator):
+    """Micro-batches added up, and gradients clipped, before tdlrt: the kernels of bug move by the second gradient alone."""
+    kernels = tdlrt(optax.sgd(0.1), tolerance=0.0, integrator=integrator)
+    status, apart = steps_apart(kernels)
+    assert status & OTHER_GRADIENT == OK and apart < 1e-4
+    for tx, by_hand in (
+        (optax.MultiSteps(kernels, 2), True),
+        (optax.chain(optax.clip_by_global_norm(1e-3), kernels), False),
+    ):
+        status, apart = steps_apart(tx, by_hand=by_hand)
+        assert bool(status & OTHER_GRADIENT) == (integrator == "bug")
+        if by_hand:
+            assert apart > 0.1 if integrator == "bug" else apart < 1e-4
+    status, _ = steps_apart(tdlrt(optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1)), tolerance=0.0))
+    assert status & OTHER_GRADIENT == OK, "inside it is in order"
+
+
+@pytest.mark.parametrize("integrator", ["bug", "parallel"])
+@pytest.mark.parametrize("how", ["set_to_zero", "stop_gradient"])
+def test_a_kernel_that_is_frozen_inside_is_not_truncated(integrator, how):
+    rng = np.random.default_rng(0)
+    spectrum = np.diag(0.8 ** np.arange(12))
+    frozen = hosvd(jnp.asarray(np.linalg.qr(rng.normal(size=(12, 12)))[0] @ spectrum, jnp.float32))
+    head = rng.normal(size=(12, 6)) * 0.3 ** np.arange(6)
+    params = {"body": frozen, "head": hosvd(jnp.asarray(head, jnp.float32))}
+    x, y = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32), jnp.asarray(rng.normal(size=(9, 6)), jnp.float32)
+    before = to_dense(params["body"])
+
+    def loss_fn(params):
+        body = jax.lax.stop_gradient(params["body"]) if how == "stop_gradient" else params["body"]
+        return jnp.mean((tucker_linear(jnp.tanh(tucker_linear(x, body)), params["head"]) - y) ** 2)
+
+    inner = optax.sgd(0.05)
+    if how == "set_to_zero":
+        inner = optax.partition(
+            {"trained": inner, "frozen": optax.set_to_zero()}, {"body": "frozen", "head": "trained"}
+        )
+    tx = tdlrt(inner, tolerance=0.3, integrator=integrator)
+    step, state = tdlrt_jax.tdlrt_step(loss_fn, tx, donate=False), tx.init(params)
+    for _ in range(5):
+        params, state, info = step(params, state)
+        assert int(info.status) & SKIPPED == OK
+    np.testing.assert_allclose(to_dense(params["body"]), before, atol=1e-5)
+    assert info.rank["body"].tolist() == [12, 12] and max(info.rank["head"].tolist()) < 6
+
+
+def test_labels_leaf_by_leaf_are_those_of_kernels():
+    """The parts of the other label's kernels are none of this one's state."""
+    params, loss = regression(jnp.float32)
+
+    def label(path, _):
+        return "first" if "first" in jax.tree_util.keystr(path) else "rest"
+
+    by_leaf = jax.tree_util.tree_map_with_path(label, params)
+    by_node = {"first": "first", "second": "rest"}
+    ends = []
+    for labels in (by_leaf, by_node):
+        inner = optax.partition({"first": optax.adam(0.01), "rest": optax.sgd(0.05, momentum=0.9)}, labels)
+        ends.append(train(params, loss, tdlrt(inner, tolerance=0.1), 5)[0])
+    jax.tree.map(np.testing.assert_array_equal, *ends)

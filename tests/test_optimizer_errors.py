@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -114,3 +115,11 @@ def test_a_kernel_masked_in_parts_is_explained(rng):
     )
     with pytest.raises(ValueError, match="MaskedNode where an array belongs"):
         tx.init({"w": random_kernel(rng, (6, 5, 4), (2, 2, 2))})
+
+
+def test_a_state_of_other_kernels_is_explained(rng):
+    params = {"a": random_kernel(rng, (5, 4), (2, 2), dtype=np.float32)}
+    tx = tdlrt(optax.sgd(0.1), tolerance=0.1, integrator="parallel")
+    state = tx.init({"b": params["a"]})
+    with pytest.raises(ValueError, match=r"state is of the kernels \['b'\], params has \['a'\].*tdlrt_jax.nn.tdlrt"):
+        tx.update(params, state, params)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import tdlrt_jax
-from tdlrt_jax import TuckerTensor
+from tdlrt_jax import TuckerTensor, checkpoint
 from tdlrt_jax import nn as tnn
 from tests import references as ref
 
@@ -388,3 +388,55 @@ def test_a_model_may_sow():
     step(model, optimizer, x)
     step(model, optimizer, x)
     assert len(model.features.get_value()) == 2, "left there, what is sown is added to"
+
+
+def test_other_array_sizes_for_a_model_and_its_optimizer(tmp_path):
+    """By kernels: nnx.state of an optimizer has their parts by themselves, which resize names and checkpoints follow."""
+
+    def pair(rank):
+        model = tnn.TuckerLinear(12, 10, rank=rank, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, tnn.tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.1), wrt=nnx.Param)
+
+    model, optimizer = pair(6)
+    step = tnn.tdlrt_step(lambda model, x: jnp.mean((model(x) - 1) ** 2))
+    x = jax.random.normal(jax.random.key(0), (5, 12))
+    step(model, optimizer, x)
+    state = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    checkpoint.save(tmp_path, 1, state)
+
+    larger, its_optimizer = pair(None)
+    like = {"model": nnx.state(larger), "optimizer": nnx.state(its_optimizer)}
+    restored, _ = checkpoint.restore(tmp_path, like)
+    nnx.update(larger, restored["model"])
+    nnx.update(its_optimizer, restored["optimizer"])
+    assert larger.kernel.get_value().core.shape == (6, 6)
+    ours, theirs = step(model, optimizer, x), step(larger, its_optimizer, x)
+    np.testing.assert_array_equal(ours.loss, theirs.loss)
+    assert_trees_close(nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(larger)), 0)
+
+    wanted = dict.fromkeys(tdlrt_jax.fit_capacity(nnx.state(model)), 8)
+    assert list(wanted) == ["kernel/value"]
+    with pytest.raises(
+        ValueError, match=r"parts of the kernel '.*/kernel', core and factors.*nnx.as_pure\(optimizer.opt_state\)"
+    ):
+        tdlrt_jax.resize(nnx.state(optimizer), wanted)
+    nnx.update(model, tdlrt_jax.resize(nnx.state(model), wanted))
+    resized = tdlrt_jax.resize(nnx.as_pure(optimizer.opt_state), wanted)
+    assert resized.inner[0].trace["kernel"].core.shape == model.kernel.get_value().core.shape == (8, 8)
+
+
+def test_rules_of_layers_that_a_filter_hides_are_explained():
+    model = nnx.Dict(body=tnn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0)), head=nnx.Linear(5, 2, rngs=nnx.Rngs(1)))
+    tx = tnn.tdlrt(optax.sgd(0.1), tolerance=0.1, rules={"head": "dense", "body": 0.5})
+    with pytest.raises(ValueError, match=r"'head' is found in no layer's path.*wrt= of nnx.Optimizer"):
+        nnx.Optimizer(model, tx, wrt=nnx.All(nnx.Param, nnx.PathContains("body")))
+
+
+def test_the_transformation_for_plain_trees_is_named_in_an_nnx_optimizer():
+    model = tnn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, tdlrt_jax.tdlrt(optax.sgd(0.1), tolerance=0.1, integrator="parallel"), wrt=nnx.Param
+    )
+    _, grads = tnn.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))(model, jnp.ones((3, 6)))
+    with pytest.raises(ValueError, match=r"there is tdlrt_jax\.nn\.tdlrt"):
+        optimizer.update(model, grads)
