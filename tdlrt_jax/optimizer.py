@@ -80,8 +80,8 @@ def tdlrt(
         finds the tolerance (and ranks stay at what it allows).
       integrator: ``"bug"`` (Algorithm 1), ``"parallel"`` (one gradient a step) or ``"fixed_rank"`` (Algorithm 1, not adaptive).
       criterion, convention: what the tolerance means, see :class:`RankPolicy`.
-      spare: directions kept beyond what the tolerance asks for; default 0, and 1 for ``"parallel"``, whose ranks cannot rise
-        without.
+      spare: directions kept beyond what the tolerance asks for; default 0, and 1 for ``"parallel"``, whose ranks rarely
+        rise without: its new directions are of second order in the step.
       route: how line 11 finds directions: ``"gram"``, or ``"randomized"``, by a sketch where that is cheaper (on the CPU for
         large matrices only), see :class:`RankPolicy`. A budget's looks at the singular values stay as they are.
       warmup: for so many steps ranks may rise but not fall; a Budget's ceilings hold from then on.

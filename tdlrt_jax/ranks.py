@@ -40,9 +40,10 @@ class RankPolicy(NamedTuple):
 
     Args:
       criterion: ``"tail"`` drops the largest tail whose norm is within the threshold (the paper); ``"each"`` drops every singular
-        value under the threshold, which is idempotent: repeated truncation of the same kernel changes nothing.
+        value under the threshold, which for a matrix is idempotent: a second truncation changes nothing. Of more modes, cutting
+        one lowers the singular values of the others, so a second truncation may cut a little more.
       convention: the threshold of one mode. ``"shared"``: ``tau ||C|| / sqrt(m)`` over the ``m`` modes that are not whole, so
-        that the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A
+        that with ``"tail"`` the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A
         matrix is truncated once, with the whole ``tau``.
       spare: directions kept beyond what the tolerance asks for.
       min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
