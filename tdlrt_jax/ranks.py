@@ -43,8 +43,8 @@ class RankPolicy(NamedTuple):
         value under the threshold, which for a matrix is idempotent: a second truncation changes nothing. Of more modes, cutting
         one lowers the singular values of the others, so a second truncation may cut a little more.
       convention: the threshold of one mode. ``"shared"``: ``tau ||C|| / sqrt(m)`` over the ``m`` modes that are not whole, so
-        that with ``"tail"`` the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``: ``tau / sqrt(m)``. A
-        matrix is truncated once, with the whole ``tau``.
+        that with ``"tail"`` the whole relative error is at most ``tau``; ``"per_mode"``: ``tau ||C||``; ``"absolute"``:
+        ``tau / sqrt(m)``. A matrix is truncated once, with the whole ``tau``.
       spare: directions kept beyond what the tolerance asks for.
       min_rank, max_rank: bounds, one for all modes or one a mode; a bound wins over the tolerance.
       route: ``"gram"`` rotates by all directions of a mode; ``"randomized"`` only by those of a random sketch of it, where that
