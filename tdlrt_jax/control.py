@@ -138,10 +138,11 @@ class RankControl:
                 frozen = step >= self.freeze_after
                 floor = jnp.where(frozen, rank, floor)
                 ceiling = jnp.where(frozen, rank, highest if ceiling is None else ceiling)
-            # What does not move is not truncated: a layer that is frozen inside (optax.set_to_zero, stop_gradient) stays.
-            still = ~jnp.any(increment != 0)
-            floor = jnp.where(still, rank, floor)
-            ceiling = jnp.where(still, rank, highest if ceiling is None else ceiling)
+            if found is None:  # what a budget asks for it asks of all kernels
+                # What does not move is not truncated: a layer that is frozen inside (optax.set_to_zero, stop_gradient) stays.
+                still = ~jnp.any(increment != 0)
+                floor = jnp.where(still, rank, floor)
+                ceiling = jnp.where(still, rank, highest if ceiling is None else ceiling)
             own = self._rule(name).tolerance
             tau = (jnp.zeros_like(tolerance) if found else tolerance) if own is None else jnp.float32(own)
             policy = self.policy_of(name, kernel)
