@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax.batching import map_batched, map_light
-from tdlrt_jax.frame import Frame
+from tdlrt_jax.frame import Frame, active_entries
 from tdlrt_jax.tucker import HIGHEST, ModeArray, TuckerTensor, active_columns, unfold
 
 __all__ = [
@@ -109,16 +109,20 @@ def _beside_plain(u: Array, dk: Array, core: Array, q: Array) -> Array:
     return jnp.stack([sum(jnp.sum(part.astype(jnp.float32) ** 2) for part in parts) for parts in pairs])
 
 
-def look_other(first: Sequence[TuckerTensor], second: Sequence[TuckerTensor]) -> Array:
+def look_other(frames: Sequence[Frame], first: Sequence[TuckerTensor], second: Sequence[TuckerTensor]) -> Array:
     """Whether gradients in augmented bases are others than those before, which they contain: their first block is ``dC``.
 
     Args:
+      frames: before the step. Where a rank is below the capacity, new directions stand in its padding.
       first: ``(dC, dK_i)``.
       second: ``dC̃``, of the same network.
     """
     if not first:
         return jnp.zeros((), bool)
-    blocks = [there.core[tuple(map(slice, here.core.shape))] for here, there in zip(first, second)]
+    blocks = [
+        jnp.where(active_entries(frame.core.shape, frame.U), there.core[tuple(map(slice, frame.core.shape))], 0)
+        for frame, there in zip(frames, second)
+    ]
     apart, agreement = sum(map_light(_beside_other, [here.core for here in first], blocks), start=jnp.zeros(2))
     total = sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(list(second)))
     # A seventh of the gradient is more than what is rounded in 16 bits.

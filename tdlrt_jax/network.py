@@ -289,7 +289,11 @@ class NetworkStep(NamedTuple):
         state = self._moments.at_galerkin_points(state, bases, points)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
         nodes, state = self._inner_update(gradients, core_grads, at_points, state)
-        other = look_other(self.tree.pick(gradients), core_grads) if same_network else jnp.zeros((), bool)
+        other = (
+            look_other([basis.frame for basis in bases], self.tree.pick(gradients), core_grads)
+            if same_network
+            else jnp.zeros((), bool)
+        )
         return nodes, state, all_finite(core_grads), other
 
     def _frames_after(self, updates: list[TuckerTensor]) -> list[Frame]:

@@ -82,20 +82,21 @@ def test_files_that_are_no_results_are_named(tmp_path):
 
 
 def test_the_results_page_shows_what_the_norm_of_initial_kernels_changes():
-    """AlexNet at a quarter of its width; the line of each run of gain 1 is among those of the widths."""
-    found = [RESULTS.parent / "width" / name for name in ("alexnet_quarter_dense.json", "alexnet_quarter_loss.json")]
+    """Three networks at a quarter of their width, of gain 1 and others; every line is one run."""
+    found = sorted((RESULTS.parent / "width").glob("*_quarter_*.json"))
+    found += [RESULTS.parent / "importance" / "loss_70.json", *sorted((RESULTS.parent / "gain").glob("*.json"))]
     found += sorted((RESULTS.parent / "alexnet").glob("quarter_*_gain_*.json"))
-    assert len(found) > 2
+    assert len(found) >= 14
+    networks = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet18"}
     for path in found:
         result = json.loads(path.read_text())
-        name = {"dense": "dense", "tdlrt": "TDLRT, 90% saved"}[result["options"]["method"]]
+        options, last = result["options"], result["epochs"][-1]
+        name = "dense" if options["method"] == "dense" else f"TDLRT, {options['budget']:.0%} saved"
         rates = [epoch["learning_rate"] for epoch in result["epochs"]]
         lowered = [str(number) for number in range(1, len(rates)) if rates[number] < rates[number - 1]]
-        last = result["epochs"][-1]
         accuracies = [f"{100 * last[f'{of}_accuracy']:.1f}" for of in ("train", "validation", "test")]
-        gain = f"{result['options']['gain']:.3g}"
-        line = f"| {name} | {gain} | {', '.join(lowered) or 'never'} | {', '.join(accuracies)} |"
-        assert line in RESULTS_PAGE.read_text(), line
+        line = f"| {networks[options['model']]} | {name} | {options['gain']:.3g} | {', '.join(lowered) or 'never'} | "
+        assert line + f"{', '.join(accuracies)} |" in RESULTS_PAGE.read_text(), line
 
 
 def test_options_younger_than_a_result_make_no_other_row(tmp_path):
