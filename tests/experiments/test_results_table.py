@@ -26,7 +26,8 @@ def test_the_results_page_shows_the_runs_on_all_images():
 
 def test_the_results_page_shows_every_method_under_the_whole_schedule():
     results = RESULTS.parent
-    found = rows(results / "schedule", results / "importance" / "loss_70.json", results / "patience" / "dense_10.json")
+    dense = results / "width" / "vgg16_quarter_dense.json"
+    found = rows(results / "schedule", results / "importance" / "loss_70.json", dense)
     assert markdown(found) in RESULTS_PAGE.read_text()
 
 

@@ -10,7 +10,7 @@ from experiments.results_table import rows
 from tests.experiments.test_figures import is_drawn
 from tests.experiments.test_results_table import RESULTS, RESULTS_PAGE
 
-PLACES = ["width/*_dense.json", "width/*_loss.json", "patience/dense_10.json", "importance/loss_70.json"]
+PLACES = ["width/*_dense.json", "width/*_loss.json", "importance/loss_70.json"]
 PLACES += ["schedule/dense_seed1.json", "schedule/tdlrt_seed1.json"]
 MEASURED = [path for place in PLACES for path in RESULTS.parent.glob(place)]
 
