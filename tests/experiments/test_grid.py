@@ -14,6 +14,7 @@ import pytest
 from experiments import figure2_robustness
 from experiments.grids.grid import Grid, GridError, Places, Run, main, state_of
 from experiments.grids.pace import Pace
+from experiments.run.process import interpreter
 
 # Takes the options of experiments.train and leaves a run's files behind. What it does beyond is told by files in --data-dir:
 # "fail" names a run that does, "hang" an epoch (a number) after which every run waits for a signal; with "stubborn" for ever.
@@ -166,7 +167,7 @@ def test_a_signal_is_passed_on_waited_for_and_nothing_is_lost(run_grid, control,
     thread.join()
     output = capsys.readouterr().out
     assert "net/one/seed0 has stopped after epoch 2" in output
-    assert "3 of 3 runs left; continue with\n  python -m experiments.some --runs" in output
+    assert f"3 of 3 runs left; continue with\n  {interpreter()} -m experiments.some --runs" in output
     assert not (tmp_path / "results").exists()
 
     (control / "hang").unlink()
