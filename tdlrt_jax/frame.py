@@ -204,6 +204,8 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
         :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`. It sees frames, whose
         arrays (``jax.tree.leaves``) are not those of the parameters: a penalty is one of ``to_dense(kernel)``, or, cheaper,
         ``optax.add_decayed_weights`` inside of :func:`tdlrt_jax.tdlrt`.
+        Derivatives of the network in the loss (a gradient penalty by ``jax.grad``) are differentiated rightly, but not within a
+        function that the loss gives to ``jax.jit`` itself.
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:
