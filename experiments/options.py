@@ -115,7 +115,7 @@ class ModelConfig:
     step then turns as much as of a dense one (not of cp). hosvd: a dense draw, truncated. spectral: decaying singular values."""
     gain: float = 1.0
     """Factor of the initial convolutions. Where normalizations follow them it changes no output, but how far a step goes:
-    halving the kernels is as good as four times the learning rate. 0.25 was worth one to two points, to TDLRT most of all."""
+    halving the kernels is as good as four times the learning rate. 0.25 is worth a try, above all for TDLRT (docs/results.md)."""
     norm_momentum: float = 0.99
     """Share of its averages, for evaluation, that a batch normalization keeps in a step. 0.9 in PyTorch, where it is called
     0.1: so short a memory lags less behind a network that learns fast, and is as good where batches are not small."""
