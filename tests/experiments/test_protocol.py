@@ -77,7 +77,7 @@ def test_table1_has_all_rows_and_its_protocol():
             "schedule": "plateau",
         }
         assert config["validation"] == 0.1 and config["plateau_of"] == "validation" and config["limit"] is None
-        assert config["norm_momentum"] == 0.9 and config["patience"] == 10
+        assert config["norm_momentum"] == 0.9 and config["patience"] == 10 and config["gain"] == 0.25
 
 
 def test_scales_and_sets_change_options_and_nothing_else(capsys):
@@ -87,7 +87,7 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
     for one, other in zip(full, small):
         before, after = one.config(), other.config()
         changed = {name for name, value in after.items() if value != before[name]}
-        expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum", "patience"}
+        expected = {"width", "limit", "epochs", "plateau_of", "norm_momentum", "patience", "gain"}
         adaptive = {"adapt_every", "bases_between", "initialization", "budget_importance", "budget_epochs", "rank"}
         expected |= {
             "imp": {"rounds"},
