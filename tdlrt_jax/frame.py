@@ -7,7 +7,8 @@ the same kernel ``W``. They are the partial derivatives of one function, the aff
     W(C, K_1..K_d) = C ×_j U_j + sum_i Ten_i(Q_i^T) ×_{j != i} U_j ×_i (K_i - U_i S_i)
 
 with ``U_j, Q_i, S_i`` held constant. A :class:`Frame` is this chart, so *any* operation on a kernel differentiates correctly.
-Where a layer's own derivative is differentiated again (a gradient penalty in the loss), the chart takes the place of its rule.
+Where a layer's own derivative is differentiated again (a gradient penalty in the loss), the chart takes the place of its rule
+(:func:`in_chart`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from tdlrt_jax import batching
 from tdlrt_jax.arguments import check_callable
@@ -52,19 +54,26 @@ class Frame(NamedTuple):
     U: tuple[ModeArray, ...]  # (n_i, R_i) each
     Q: Any  # a tuple of ModeArray, (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal; None likewise
     tap: Any = None  # a tdlrt_jax.conv.onepass.Tap, which a second gradient at the same network is taken from
+    # Like K: the U_i S_i, from whoever differentiates core and K alone; what U, Q and these depend on can then be differentiated
+    # from outside (through a step of training, say). None: nothing but core and K differentiates.
+    origin: Any = None
+
+    def bases(self) -> tuple[ModeArray, ...]:
+        """``U``, to be used as the constants that they are."""
+        return jax.lax.stop_gradient(self.U) if self.origin is None else self.U
 
     def chart_to_dense(self) -> Array:
-        """``W(C, K_1..K_d)`` as an ``(n_1, ..., n_d)`` array, differentiable in ``core`` and ``K`` only."""
-        bases = jax.lax.stop_gradient(self.U)
-        dense = multi_mode_product(self.core, bases)
+        """``W(C, K_1..K_d)`` as an ``(n_1, ..., n_d)`` array."""
+        dense = multi_mode_product(self.core, self.bases())
         if self.K is None or self.Q is None:
             return dense
-        for mode, (k, q) in enumerate(zip(self.K, self.Q)):
+        Q, origin = jax.lax.stop_gradient((self.Q, self.K)) if self.origin is None else (self.Q, self.origin)
+        for mode, (k, q) in enumerate(zip(self.K, Q)):
             if k is None or q is None:
                 continue
             # K_i - U_i S_i is zero in value; only its derivative matters.
-            increment = mode_product(jax.lax.stop_gradient(q), k - jax.lax.stop_gradient(k), mode)
-            dense = dense + multi_mode_product(increment, bases, skip=mode)
+            increment = mode_product(q, k - origin[mode], mode)
+            dense = dense + multi_mode_product(increment, self.bases(), skip=mode)
         return dense
 
 
@@ -172,23 +181,43 @@ def chart_point(frame: Frame) -> TuckerTensor:
 
 
 def with_point(frame: Frame, point: TuckerTensor) -> Frame:
-    """The frame with the variables of ``point`` and the constants of ``frame``."""
-    return frame._replace(core=point.core, K=None if frame.K is None else point.factors)
+    """The frame with the variables of ``point``, which are to be differentiated, and the constants of ``frame``."""
+    K = None if frame.K is None else point.factors
+    return frame._replace(core=point.core, K=K, origin=chart_point(frame).factors)
 
 
-def differentiated_again(frame: Frame) -> bool:
-    """Whether what is computed of a frame is to be differentiated in its chart once more, as in a loss with a gradient penalty.
+def in_chart(rule: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule``, an identity of first order at one point of the chart, which is differentiated once more as ``definition`` is.
 
-    The rules for layers are identities of first order: their products have the values at one point, not those around it, and
-    bases that stand still. Differentiated from outside of :func:`value_and_grad`, bases and all, they are right. Within a
-    function that the loss has jitted nothing can be told: there the answer is no.
+    The rules for layers use products that are equal at the kernel itself, not around it, and bases that stand still. So where a
+    frame's point or another argument moves alone, as by a gradient penalty in a loss, what the rule gives is differentiated as
+    the chart's own is, to any order. Where the constants move as well, :func:`value_and_grad` is differentiated from outside:
+    the rule holds wherever these go, and is differentiated itself.
+
+    Args:
+      rule: ``rule(static, frame, *arrays)``, ``static`` hashable and the frame without a tap.
+      definition: the same function of the same arguments, in JAX's own operations on the chart.
+
+    Returns:
+      A function like ``rule``.
     """
-    point, rest = jax.tree.leaves((frame.core, frame.K)), jax.tree.leaves((frame.U, frame.Q))
-    return any(map(_is_differentiated, point)) and not any(map(_is_differentiated, rest))
+    apply = jax.custom_jvp(rule, nondiff_argnums=(0,))
 
+    def differentiate(static: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(primals)
+        directions = treedef.flatten_up_to(tangents)
+        moving = [position for position, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
 
-def _is_differentiated(leaf: Any) -> bool:
-    return type(leaf).__name__ in ("JVPTracer", "LinearizeTracer")  # of jax.grad, jax.jvp; not public
+        def of(*moved: Array) -> Any:
+            arguments = dict(enumerate(leaves)) | dict(zip(moving, moved))
+            return function(static, *jax.tree.unflatten(treedef, arguments.values()))
+
+        constants = jax.tree.leaves((tangents[0].U, tangents[0].Q, tangents[0].origin))
+        function = definition if all(isinstance(constant, SymbolicZero) for constant in constants) else rule
+        return jax.jvp(of, [leaves[i] for i in moving], [directions[i] for i in moving])
+
+    apply.defjvp(differentiate, symbolic_zeros=True)
+    return apply
 
 
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
@@ -204,8 +233,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
         :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`. It sees frames, whose
         arrays (``jax.tree.leaves``) are not those of the parameters: a penalty is one of ``to_dense(kernel)``, or, cheaper,
         ``optax.add_decayed_weights`` inside of :func:`tdlrt_jax.tdlrt`.
-        Derivatives of the network in the loss (a gradient penalty by ``jax.grad``) are differentiated rightly, but not within a
-        function that the loss gives to ``jax.jit`` itself.
+        The loss may contain derivatives of the network, such as a gradient penalty by ``jax.grad``.
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:

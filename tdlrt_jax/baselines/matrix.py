@@ -24,7 +24,7 @@ from jax import Array
 from tdlrt_jax.arguments import check_input, check_integers, check_precision, shown
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, resolve_input
-from tdlrt_jax.frame import Frame, differentiated_again
+from tdlrt_jax.frame import Frame, in_chart
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
 __all__ = ["matrix_conv"]
@@ -88,7 +88,7 @@ def matrix_conv(
         y = _one_pass(window, geometry, precision, x, kernel._replace(tap=None))
     else:
         if isinstance(kernel, Frame):
-            kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+            kernel = TuckerTensor(kernel.core, kernel.bases())
         first, last = (jnp.asarray(factor) for factor in kernel.factors)
         a = reduce(x, first)
         y = _product(_product(a, kernel.core, precision), last.T, precision)
@@ -105,36 +105,38 @@ def _product(x: Array, matrix: Array, precision: Any) -> Array:
     return jnp.matmul(x, matrix.astype(x.dtype), precision=precision)
 
 
-def _by_chart(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> Array:
-    """The convolution by the kernel itself, differentiable to any order, see :func:`tdlrt_jax.frame.differentiated_again`."""
-    dense = frame.chart_to_dense().reshape(*window, x.shape[-1], -1)
-    return convolve(x, dense.astype(x.dtype), geometry, precision=precision)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _one_pass(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> Array:
     return _forward(window, geometry, precision, x, frame)[0]
 
 
 def _forward(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, frame: Frame) -> tuple[Array, Any]:
-    if differentiated_again(frame):
-        return _by_chart(window, geometry, precision, x, frame), (x, frame)
-    a = _reduce(window, geometry, precision, x, frame.U[0])
-    b = _product(a, frame.Q[1], precision)  # C = Ten_2(Q_2^T) ×_2 S_2, and K_2 = U_2 S_2
-    return _product(b, frame.K[1].T, precision), (x, a, b, frame)
+    y, a, b = _applied((window, geometry, precision), frame, x)
+    return y, (x, a, b, frame)
 
 
 def _backward(
     window: tuple[int, ...], geometry: Geometry, precision: Any, residuals: Any, dy: Array
 ) -> tuple[Array, Frame]:
-    if len(residuals) == 2:
-        x, frame = residuals
-        apply = partial(_by_chart, window, geometry, precision)
-        _, pullback = jax.vjp(lambda x, core, K: apply(x, frame._replace(core=core, K=K)), x, frame.core, frame.K)
-        dx, dcore, dK = pullback(dy)
-        return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
     x, a, b, frame = residuals
-    reduce = partial(_reduce, window, geometry, precision)
+    return _pulled_back((window, geometry, precision), frame, x, a, b, dy)
+
+
+_one_pass.defvjp(_forward, _backward)
+
+
+def _apply(static: tuple, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
+    """``Y``, ``A`` and ``B``."""
+    precision = static[-1]
+    a = _reduce(*static, x, frame.U[0])
+    b = _product(a, frame.Q[1], precision)  # C = Ten_2(Q_2^T) ×_2 S_2, and K_2 = U_2 S_2
+    return _product(b, frame.K[1].T, precision), a, b
+
+
+def _pull_back(static: tuple, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
+    """The gradients of input and frame."""
+    precision = static[-1]
+    reduce = partial(_reduce, *static)
     rows, columns = (lambda z: z.reshape(-1, z.shape[-1])), partial(jnp.matmul, precision=precision)
     p = _product(dy, frame.U[1], precision)
     e = _product(p, frame.Q[0].T, precision)
@@ -147,4 +149,25 @@ def _backward(
     return dx, gradient
 
 
-_one_pass.defvjp(_forward, _backward)
+def _by_chart(static: tuple, frame: Frame, x: Array) -> Array:
+    """The convolution by the kernel itself, differentiable to any order."""
+    window, geometry, precision = static
+    dense = frame.chart_to_dense().reshape(*window, x.shape[-1], -1)
+    return convolve(x, dense.astype(x.dtype), geometry, precision=precision)
+
+
+def _apply_in_chart(static: tuple, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
+    _, a, b = jax.lax.stop_gradient(_apply(static, frame, x))  # of no use on a way back in the chart
+    return _by_chart(static, frame, x), a, b
+
+
+def _pull_back_in_chart(static: tuple, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
+    def apply(x: Array, core: Array, K: Any) -> Array:
+        return _by_chart(static, frame._replace(core=core, K=K), x)
+
+    dx, dcore, dK = jax.vjp(apply, x, frame.core, frame.K)[1](dy)
+    return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
+
+
+_applied = in_chart(_apply, _apply_in_chart)
+_pulled_back = in_chart(_pull_back, _pull_back_in_chart)

@@ -32,13 +32,14 @@ from tdlrt_jax.conv.geometry import Geometry
 from tdlrt_jax.conv.normalization import (
     Normalized,
     OutputGradient,
+    Saved,
     normalize,
     normalize_dense,
     normalize_in_reverse,
     normalize_pullback,
 )
 from tdlrt_jax.conv.rows import contract_rows
-from tdlrt_jax.frame import Frame, differentiated_again
+from tdlrt_jax.frame import Frame, in_chart
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
 
 __all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel", "apply_normalized", "core_cotangent"]
@@ -95,7 +96,7 @@ def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Ar
         if kernel.K is not None:
             _note(how, x, kernel, lambda x, frame: _forward(how, x, frame)[0])
             return _one_pass(how, x, kernel)
-        kernel = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+        kernel = TuckerTensor(kernel.core, kernel.bases())
     return _expand(how, _features(how, x, kernel), kernel.factors[-1])
 
 
@@ -124,7 +125,7 @@ def apply_normalized(
     gain = jnp.ones(kernel.U[-1].shape[0], scale.dtype if scale is not None else x.dtype)
     scale, bias = gain if scale is None else scale, jnp.zeros_like(gain) if bias is None else bias
     if kernel.K is None:
-        fixed = TuckerTensor(kernel.core, jax.lax.stop_gradient(kernel.U))
+        fixed = TuckerTensor(kernel.core, kernel.bases())
         b = _features(how, x, fixed)
         return normalize_in_reverse(epsilon, how.precision, dtype, b, fixed.factors[-1], scale, bias)
 
@@ -235,7 +236,7 @@ def _merged_factors(how: Application, factors: tuple[Array | None, ...]) -> tupl
     return (*spatial, None if how.stream_in else basis_in, None if how.stream_out else basis_out)
 
 
-# The custom rule.
+# The custom rules: that of a layer for a first derivative, and how its two halves differentiate again.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -244,32 +245,14 @@ def _one_pass(how: Application, x: Array, frame: Frame) -> Array:
 
 
 def _forward(how: Application, x: Array, frame: Frame) -> tuple[Array, Any]:
-    if differentiated_again(frame):
-        return _by_chart(how, x, frame), (x, frame)
-    a, b = _stages(how, x, frame)
-    y = _expand(how, b, frame.K[-1])
-    return y, (x, a if how.stream_in else None, b if how.stream_out else None, frame)
+    y, a, b = _applied(how, frame._replace(tap=None), x)
+    return y, (x, a, b, frame)
 
 
 def _backward(how: Application, residuals: Any, dy: Array) -> tuple[Array, Frame]:
-    if len(residuals) == 2:
-        x, frame = residuals
-        _, pullback = jax.vjp(
-            lambda x, core, K: _by_chart(how, x, frame._replace(core=core, K=K)), x, frame.core, frame.K
-        )
-        dx, dcore, dK = pullback(dy)
-        return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
     x, a, b, frame = residuals
-    tapped, dy = dy, dy.astype(x.dtype)
-    if not how.stream_out:
-        return _gradients(how, x, a, frame, dy, None, tapped)
-    plain = how._replace(preferred_element_type=None)
-    p = _project(plain, dy, frame.U[-1], b)
-    if how.geometry.groups == 1:
-        last = contract_rows(dy, b, precision=how.precision, dtype=frame.K[-1].dtype)
-    else:
-        last = _transpose(lambda k: _expand(plain, b, k), frame.K[-1], dy)
-    return _gradients(how, x, a, frame, p, last, tapped)
+    dx, gradient = _pulled_back(how, frame._replace(tap=None), x, a, b, dy)
+    return dx, _with_tap(gradient, frame.tap, x, dy)
 
 
 _one_pass.defvjp(_forward, _backward)
@@ -285,46 +268,133 @@ def _one_pass_normalized(
 def _normalized_forward(
     how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
 ) -> tuple[Normalized, Any]:
-    if differentiated_again(frame):
-        given = (x, frame, scale, bias)
-        return _normalized_by_chart(how, epsilon, dtype, *given), given
-    a, b = _stages(how, x, frame)
-    result, saved = normalize(b, frame.K[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)
-    return result, (x, a if how.stream_in else None, frame, scale, bias, saved)
+    result, a, saved = _normalized((how, epsilon, dtype), frame._replace(tap=None), x, scale, bias)
+    return result, (x, a, frame, scale, bias, saved)
 
 
 def _normalized_backward(
     how: Application, epsilon: float, dtype: Any, residuals: Any, cotangents: Normalized
 ) -> tuple[Array, Frame, Array, Array]:
-    if len(residuals) == 4:
-        x, frame, scale, bias = residuals
-
-        def normalized(x: Array, core: Array, K: Any, scale: Array, bias: Array) -> Normalized:
-            return _normalized_by_chart(how, epsilon, dtype, x, frame._replace(core=core, K=K), scale, bias)
-
-        _, pullback = jax.vjp(normalized, x, frame.core, frame.K, scale, bias)
-        dx, dcore, dK, dscale, dbias = pullback(cotangents)
-        return dx, Frame(dcore, dK, None, None), dscale, dbias  # type: ignore[arg-type]
     x, a, frame, scale, bias, saved = residuals
-    dy, last, dscale, dbias = normalize_pullback(saved, frame.K[-1], cotangents, how.precision)
-    p = dy.project(frame.U[-1], how.precision).astype(x.dtype)
-    dx, gradient = _gradients(how, x, a, frame, p, last.astype(frame.K[-1].dtype), dy)
-    return dx, gradient, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+    dx, gradient, dscale, dbias, dy = _normalized_pulled_back(
+        (how, epsilon, dtype), frame._replace(tap=None), x, a, scale, bias, saved, cotangents
+    )
+    return dx, _with_tap(gradient, frame.tap, x, dy), dscale, dbias
 
 
 _one_pass_normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
-def _by_chart(how: Application, x: Array, frame: Frame) -> Array:
+def _with_tap(gradient: Frame, tap: Tap | None, x: Array, dy: Any) -> Frame:
+    """Not a derivative: this is how the two leave the backward pass."""
+    return gradient if tap is None else gradient._replace(tap=Tap(tap.kernel, x, dy))
+
+
+def _apply(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | None, Array | None]:
+    """``Y``, and the two stages that the way back needs."""
+    a, b = _stages(how, x, frame)
+    return _expand(how, b, frame.K[-1]), a if how.stream_in else None, b if how.stream_out else None
+
+
+def _apply_in_chart(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | None, Array | None]:
+    _, *stages = jax.lax.stop_gradient(_apply(how, frame, x))  # of no use on a way back in the chart
+    return _by_chart(how, frame, x), *stages
+
+
+def _pull_back(
+    how: Application, frame: Frame, x: Array, a: Array | None, b: Array | None, dy: Array
+) -> tuple[Array, Frame]:
+    """The gradients of input and frame."""
+    dy = dy.astype(x.dtype)
+    if b is None:
+        return _gradients(how, x, a, frame, dy, None)
+    plain = how._replace(preferred_element_type=None)
+    p = _project(plain, dy, frame.U[-1], b)
+    if how.geometry.groups == 1:
+        last = contract_rows(dy, b, precision=how.precision, dtype=frame.K[-1].dtype)
+    else:
+        last = _transpose(lambda k: _expand(plain, b, k), frame.K[-1], dy)
+    return _gradients(how, x, a, frame, p, last)
+
+
+def _pull_back_in_chart(
+    how: Application, frame: Frame, x: Array, a: Array | None, b: Array | None, dy: Array
+) -> tuple[Array, Frame]:
+    def apply(x: Array, core: Array, K: Any) -> Array:
+        return _by_chart(how, frame._replace(core=core, K=K), x)
+
+    dx, dcore, dK = jax.vjp(apply, x, frame.core, frame.K)[1](dy)
+    return dx, Frame(dcore, dK, None, None)  # type: ignore[arg-type]
+
+
+def _apply_and_normalize(
+    static: tuple, frame: Frame, x: Array, scale: Array, bias: Array
+) -> tuple[Normalized, Array | None, Saved]:
+    """The normalized output, and what the way back needs."""
+    how, epsilon, dtype = static
+    a, b = _stages(how, x, frame)
+    result, saved = normalize(b, frame.K[-1], scale, bias, epsilon=epsilon, precision=how.precision, dtype=dtype)
+    return result, a if how.stream_in else None, saved
+
+
+def _apply_and_normalize_in_chart(
+    static: tuple, frame: Frame, x: Array, scale: Array, bias: Array
+) -> tuple[Normalized, Array | None, Saved]:
+    _, *stages = jax.lax.stop_gradient(_apply_and_normalize(static, frame, x, scale, bias))
+    return _normalized_by_chart(static, frame, x, scale, bias), *stages  # type: ignore[return-value]
+
+
+def _pull_back_normalized(
+    static: tuple,
+    frame: Frame,
+    x: Array,
+    a: Array | None,
+    scale: Array,
+    bias: Array,
+    saved: Saved,
+    cotangents: Normalized,
+) -> tuple[Array, Frame, Array, Array, OutputGradient]:
+    """The gradients of input, frame, scale and bias, and of what was normalized."""
+    how, *_ = static
+    dy, last, dscale, dbias = normalize_pullback(saved, frame.K[-1], cotangents, how.precision)
+    p = dy.project(frame.U[-1], how.precision).astype(x.dtype)
+    dx, gradient = _gradients(how, x, a, frame, p, last.astype(frame.K[-1].dtype))
+    return dx, gradient, dscale.astype(scale.dtype), dbias.astype(bias.dtype), dy
+
+
+def _pull_back_normalized_in_chart(
+    static: tuple,
+    frame: Frame,
+    x: Array,
+    a: Array | None,
+    scale: Array,
+    bias: Array,
+    saved: Saved,
+    cotangents: Normalized,
+) -> tuple[Array, Frame, Array, Array, OutputGradient]:
+    def normalized(x: Array, core: Array, K: Any, scale: Array, bias: Array) -> Normalized:
+        return _normalized_by_chart(static, frame._replace(core=core, K=K), x, scale, bias)
+
+    dx, dcore, dK, dscale, dbias = jax.vjp(normalized, x, frame.core, frame.K, scale, bias)[1](cotangents)
+    dy, *_ = jax.lax.stop_gradient(normalize_pullback(saved, frame.K[-1], cotangents, static[0].precision))
+    return dx, Frame(dcore, dK, None, None), dscale, dbias, dy  # type: ignore[arg-type]
+
+
+_applied = in_chart(_apply, _apply_in_chart)
+_pulled_back = in_chart(_pull_back, _pull_back_in_chart)
+_normalized = in_chart(_apply_and_normalize, _apply_and_normalize_in_chart)
+_normalized_pulled_back = in_chart(_pull_back_normalized, _pull_back_normalized_in_chart)
+
+
+def _by_chart(how: Application, frame: Frame, x: Array) -> Array:
     """The application by the kernel itself, as :meth:`Frame.chart_to_dense` forms it: differentiable to any order."""
     kernel, result = frame.chart_to_dense().astype(x.dtype), how.preferred_element_type
     return convolve(x, kernel, how.geometry, precision=how.precision, preferred_element_type=result)
 
 
-def _normalized_by_chart(
-    how: Application, epsilon: float, dtype: Any, x: Array, frame: Frame, scale: Array, bias: Array
-) -> Normalized:
-    return normalize_dense(_by_chart(how, x, frame), scale, bias, epsilon=epsilon, dtype=dtype)
+def _normalized_by_chart(static: tuple, frame: Frame, x: Array, scale: Array, bias: Array) -> Normalized:
+    how, epsilon, dtype = static
+    return normalize_dense(_by_chart(how, frame, x), scale, bias, epsilon=epsilon, dtype=dtype)
 
 
 def _stages(how: Application, x: Array, frame: Frame) -> tuple[Array, Array]:
@@ -334,12 +404,10 @@ def _stages(how: Application, x: Array, frame: Frame) -> tuple[Array, Array]:
 
 
 def _gradients(
-    how: Application, x: Array, a: Array | None, frame: Frame, p: Array, last: Array | None, dy: Any
+    how: Application, x: Array, a: Array | None, frame: Frame, p: Array, last: Array | None
 ) -> tuple[Array, Frame]:
     """What is left to do with ``P`` and ``dK_out``, which is ``None`` where the out-channels are merged and ``P = dY``."""
-    core, K, U, Q, tap = frame
-    if tap is not None:
-        tap = Tap(tap.kernel, x, dy)  # not a derivative: this is how the two leave the backward pass
+    core, K, U, Q = frame[:4]
     how = how._replace(preferred_element_type=None)
     a = _reduce(how, x, None) if a is None else a
     dK: list[Array | None] = [*[None] * (len(U) - 1), last]
@@ -364,7 +432,7 @@ def _gradients(
             source, matrices = (inner, spatial) if mode < channels else (dM, merged)
             rest = multi_mode_product(source, matrices, transpose=True, skip=mode)
             dK[mode] = jnp.matmul(unfold(rest, mode), unfold(Q[mode], mode).T, precision=HIGHEST).astype(K[mode].dtype)
-    return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None, tap)  # type: ignore[arg-type]
+    return dx, Frame(dcore.astype(core.dtype), tuple(dK), None, None)  # type: ignore[arg-type]
 
 
 def _orthonormal(q: Array | None, core: Array, streamed: bool) -> Array:

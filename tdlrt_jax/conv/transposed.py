@@ -165,6 +165,6 @@ def transpose_kernel(kernel: Any) -> Any:
 
     if isinstance(kernel, TuckerTensor):
         return TuckerTensor(core_shaped(kernel.core), flip_rows(kernel.factors))
-    K = None if kernel.K is None else flip_rows(kernel.K)
+    K, origin = (None if matrices is None else flip_rows(matrices) for matrices in (kernel.K, kernel.origin))
     Q = None if kernel.Q is None else per_mode(tuple(core_shaped(q) for q in kernel.Q))
-    return Frame(core_shaped(kernel.core), K, flip_rows(kernel.U), Q)
+    return Frame(core_shaped(kernel.core), K, flip_rows(kernel.U), Q, origin=origin)
