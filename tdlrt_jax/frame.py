@@ -204,8 +204,7 @@ def in_chart(rule: Callable[..., Any], definition: Callable[..., Any]) -> Callab
     apply = jax.custom_jvp(rule, nondiff_argnums=(0,))
 
     def differentiate(static: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-        leaves, treedef = jax.tree.flatten(primals)
-        directions = treedef.flatten_up_to(tangents)
+        (leaves, treedef), directions = jax.tree.flatten(primals), jax.tree.leaves(tangents)
         moving = [position for position, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
 
         def of(*moved: Array) -> Any:

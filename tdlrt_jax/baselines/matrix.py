@@ -29,6 +29,8 @@ from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 
 __all__ = ["matrix_conv"]
 
+_Static = tuple[tuple[int, ...], Geometry, Any]  # window, geometry, precision
+
 
 def matrix_conv(
     x: Array,
@@ -125,7 +127,7 @@ def _backward(
 _one_pass.defvjp(_forward, _backward)
 
 
-def _apply(static: tuple, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
+def _apply(static: _Static, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
     """``Y``, ``A`` and ``B``."""
     precision = static[-1]
     a = _reduce(*static, x, frame.U[0])
@@ -133,7 +135,7 @@ def _apply(static: tuple, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
     return _product(b, frame.K[1].T, precision), a, b
 
 
-def _pull_back(static: tuple, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
+def _pull_back(static: _Static, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
     """The gradients of input and frame."""
     precision = static[-1]
     reduce = partial(_reduce, *static)
@@ -149,19 +151,19 @@ def _pull_back(static: tuple, frame: Frame, x: Array, a: Array, b: Array, dy: Ar
     return dx, gradient
 
 
-def _by_chart(static: tuple, frame: Frame, x: Array) -> Array:
+def _by_chart(static: _Static, frame: Frame, x: Array) -> Array:
     """The convolution by the kernel itself, differentiable to any order."""
     window, geometry, precision = static
     dense = frame.chart_to_dense().reshape(*window, x.shape[-1], -1)
     return convolve(x, dense.astype(x.dtype), geometry, precision=precision)
 
 
-def _apply_in_chart(static: tuple, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
+def _apply_in_chart(static: _Static, frame: Frame, x: Array) -> tuple[Array, Array, Array]:
     _, a, b = jax.lax.stop_gradient(_apply(static, frame, x))  # of no use on a way back in the chart
     return _by_chart(static, frame, x), a, b
 
 
-def _pull_back_in_chart(static: tuple, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
+def _pull_back_in_chart(static: _Static, frame: Frame, x: Array, a: Array, b: Array, dy: Array) -> tuple[Array, Frame]:
     def apply(x: Array, core: Array, K: Any) -> Array:
         return _by_chart(static, frame._replace(core=core, K=K), x)
 

@@ -297,8 +297,8 @@ def _apply(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | Non
 
 
 def _apply_in_chart(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | None, Array | None]:
-    _, *stages = jax.lax.stop_gradient(_apply(how, frame, x))  # of no use on a way back in the chart
-    return _by_chart(how, frame, x), *stages
+    _, a, b = jax.lax.stop_gradient(_apply(how, frame, x))  # of no use on a way back in the chart
+    return _by_chart(how, frame, x), a, b
 
 
 def _pull_back(
@@ -340,8 +340,8 @@ def _apply_and_normalize(
 def _apply_and_normalize_in_chart(
     static: tuple, frame: Frame, x: Array, scale: Array, bias: Array
 ) -> tuple[Normalized, Array | None, Saved]:
-    _, *stages = jax.lax.stop_gradient(_apply_and_normalize(static, frame, x, scale, bias))
-    return _normalized_by_chart(static, frame, x, scale, bias), *stages  # type: ignore[return-value]
+    _, a, saved = jax.lax.stop_gradient(_apply_and_normalize(static, frame, x, scale, bias))
+    return _normalized_by_chart(static, frame, x, scale, bias), a, saved
 
 
 def _pull_back_normalized(
