@@ -14,8 +14,9 @@ from tdlrt_jax.arguments import check_dtype, check_input, check_number, check_pr
 from tdlrt_jax.conv.convolution import convolve, sample_pixels
 from tdlrt_jax.conv.geometry import PaddingLike, resolve_input
 from tdlrt_jax.conv.normalization import Normalized, normalize_dense
-from tdlrt_jax.conv.onepass import Application, apply_kernel, apply_normalized
+from tdlrt_jax.conv.onepass import apply_kernel, apply_normalized
 from tdlrt_jax.conv.plans import check_plan, is_depthwise, plan_for, streamed_modes
+from tdlrt_jax.conv.stages import Application
 from tdlrt_jax.frame import Frame
 from tdlrt_jax.tucker import TuckerTensor, kernel_shape
 

@@ -1,4 +1,4 @@
-"""Application of a Tucker kernel by a plan, and all gradients of Theorem 1 in one backward pass.
+"""Application of a Tucker kernel in stages (:mod:`tdlrt_jax.conv.stages`), and all gradients of Theorem 1 in one backward pass.
 
 ``M[X]`` is a core-shaped ``X`` multiplied by the factors of the merged modes (:mod:`tdlrt_jax.conv.plans`). Since
 ``C = Ten_i(Q_i^T) ×_i S_i`` for every mode, each pass may use whichever ``Q_i`` it needs. With ``*`` the convolution,
@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
-from tdlrt_jax.conv.convolution import convolve, kernel_gradient
-from tdlrt_jax.conv.geometry import Geometry
+from tdlrt_jax.conv import stages
+from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.normalization import (
     Normalized,
     OutputGradient,
@@ -39,21 +39,11 @@ from tdlrt_jax.conv.normalization import (
     normalize_pullback,
 )
 from tdlrt_jax.conv.rows import contract_rows
+from tdlrt_jax.conv.stages import Application
 from tdlrt_jax.frame import Frame, in_chart
 from tdlrt_jax.tucker import HIGHEST, TuckerTensor, multi_mode_product, unfold
 
-__all__ = ["Application", "Applied", "Tap", "applications", "apply_kernel", "apply_normalized", "core_cotangent"]
-
-
-class Application(NamedTuple):
-    """How a kernel is applied; static and hashable."""
-
-    stream_in: bool  # U_in applied to the activations; False where that mode is whole
-    stream_out: bool  # likewise U_out
-    geometry: Geometry
-    precision: Any  # of the products with activations
-    preferred_element_type: Any  # of the result
-    products: bool = False  # see kernel_gradient
+__all__ = ["Applied", "Tap", "applications", "apply_kernel", "apply_normalized", "core_cotangent"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "dy"], meta_fields=["kernel"])
@@ -97,7 +87,7 @@ def apply_kernel(how: Application, x: Array, kernel: TuckerTensor | Frame) -> Ar
             _note(how, x, kernel, lambda x, frame: _forward(how, x, frame)[0])
             return _one_pass(how, x, kernel)
         kernel = TuckerTensor(kernel.core, kernel.bases())
-    return _expand(how, _features(how, x, kernel), kernel.factors[-1])
+    return stages.expand(how, _features(how, x, kernel), kernel.factors[-1])
 
 
 def apply_normalized(
@@ -140,23 +130,23 @@ def apply_normalized(
 def core_cotangent(how: Application, tap: Tap, frame: Frame) -> Array:
     """``dC`` at a core-only frame, from the input and the output gradient that the kernel saw."""
     how = how._replace(preferred_element_type=None)
-    a = _reduce(how, tap.x, frame.U[-2])
+    a = stages.reduce(how, tap.x, frame.U[-2])
     if isinstance(tap.dy, OutputGradient):
         p = tap.dy.project(frame.U[-1], how.precision) if how.stream_out else tap.dy.to_array()
     else:
         p = tap.dy.astype(a.dtype)
         if how.stream_out:
-            merged = jax.ShapeDtypeStruct(_merged_shape(how, frame), a.dtype)
-            p = _project(how, p, frame.U[-1], jax.eval_shape(partial(_convolve, how), a, merged))
+            merged = jax.ShapeDtypeStruct(stages.merged_shape(how, frame), a.dtype)
+            p = stages.project(how, p, frame.U[-1], jax.eval_shape(partial(stages.convolve_merged, how), a, merged))
     # Everything is linear in the core, so its gradient needs no forward pass.
-    dM = _correlate(how, a, p.astype(a.dtype), _merged_shape(how, frame))
-    return _transpose(lambda core: _merge(how, core, frame.U), frame.core, dM.astype(frame.core.dtype))
+    dM = stages.correlate(how, a, p.astype(a.dtype), stages.merged_shape(how, frame))
+    return stages.transpose(lambda core: stages.merge(how, core, frame.U), frame.core, dM.astype(frame.core.dtype))
 
 
 def _features(how: Application, x: Array, kernel: TuckerTensor) -> Array:
     """``B``, or ``Y`` where the out-channels are merged."""
-    a = _reduce(how, x, kernel.factors[-2])
-    return _convolve(how, a, _merge(how, kernel.core, kernel.factors))
+    a = stages.reduce(how, x, kernel.factors[-2])
+    return stages.convolve_merged(how, a, stages.merge(how, kernel.core, kernel.factors))
 
 
 def _note(how: Application, x: Array, frame: Frame, like: Callable[[Array, Frame], Any]) -> None:
@@ -166,74 +156,6 @@ def _note(how: Application, x: Array, frame: Frame, like: Callable[[Array, Frame
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         dy = jax.eval_shape(like, x, frame._replace(tap=None))
         noted.append(Applied(frame.tap.kernel, how, shape, dy, get_opaque_trace_state()))
-
-
-# The three stages. Each is bilinear in its two arrays, so jax.linear_transpose gives every line of the backward pass,
-# with strides, padding, dilations and groups always right.
-
-
-def _reduce(how: Application, x: Array, matrix: Array | None) -> Array:
-    """``A = Z U_in`` for each group, laid out as the convolution takes it; no product where the mode is merged."""
-    groups = how.geometry.groups
-    if groups > 1:
-        x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    if how.stream_in and matrix is not None:
-        x = jnp.matmul(x, matrix.astype(x.dtype), precision=how.precision)
-    if groups == 1:
-        return x
-    if how.stream_out:  # the group becomes a batch axis: all groups share the kernel M[X]
-        x = jnp.moveaxis(x, -2, 1)
-        return x.reshape(x.shape[0] * groups, *x.shape[2:])
-    return x.reshape(*x.shape[:-2], groups * x.shape[-1])
-
-
-def _convolve(how: Application, a: Array, kernel: Array) -> Array:
-    """``A * M[X]``."""
-    geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
-    result = None if how.stream_out else how.preferred_element_type
-    return convolve(a, kernel.astype(a.dtype), geometry, precision=how.precision, preferred_element_type=result)
-
-
-def _correlate(how: Application, a: Array, p: Array, shape: tuple[int, ...]) -> Array:
-    """``corr(A, P)``: the transpose of :func:`_convolve` in the kernel, ``M[X]`` of the given shape."""
-    geometry = how.geometry._replace(groups=1) if how.stream_out else how.geometry
-    return kernel_gradient(a, p, shape[:-2], geometry, precision=how.precision, products=how.products)
-
-
-def _merged_shape(how: Application, frame: Frame) -> tuple[int, ...]:
-    """The shape of ``M[X]``."""
-    merged = _merged_factors(how, frame.U)
-    return tuple(size if u is None else u.shape[0] for size, u in zip(frame.core.shape, merged))
-
-
-def _expand(how: Application, b: Array, matrix: Array | None) -> Array:
-    """``Y = B K_out^T``, each group with its own rows of the matrix; nothing where the mode is merged."""
-    if not how.stream_out or matrix is None:
-        return b
-    groups = how.geometry.groups
-    product = partial(jnp.einsum, precision=how.precision, preferred_element_type=how.preferred_element_type)
-    matrix = matrix.astype(b.dtype)
-    if groups == 1:
-        return product("...r,or->...o", b, matrix)
-    n_out, rank = matrix.shape
-    b = b.reshape(b.shape[0] // groups, groups, *b.shape[1:])
-    y = product("ng...r,gor->n...go", b, matrix.reshape(groups, n_out // groups, rank))
-    return y.reshape(*y.shape[:-2], n_out)
-
-
-def _project(how: Application, dy: Array, matrix: Array, b: Array) -> Array:
-    """``P = dY U_out``, the transpose of :func:`_expand` in an array like ``b``."""
-    return _transpose(lambda b: _expand(how, b, matrix), b, dy)
-
-
-def _merge(how: Application, tensor: Array, factors: tuple[Array | None, ...]) -> Array:
-    """``M[X]``, in the dtype of the kernel and at the highest precision."""
-    return multi_mode_product(tensor, _merged_factors(how, factors))
-
-
-def _merged_factors(how: Application, factors: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
-    *spatial, basis_in, basis_out = factors
-    return (*spatial, None if how.stream_in else basis_in, None if how.stream_out else basis_out)
 
 
 # The custom rules: that of a layer for a first derivative, and how its two halves differentiate again.
@@ -293,7 +215,7 @@ def _with_tap(gradient: Frame, tap: Tap | None, x: Array, dy: Any) -> Frame:
 def _apply(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | None, Array | None]:
     """``Y``, and the two stages that the way back needs."""
     a, b = _stages(how, x, frame)
-    return _expand(how, b, frame.K[-1]), a if how.stream_in else None, b if how.stream_out else None
+    return stages.expand(how, b, frame.K[-1]), a if how.stream_in else None, b if how.stream_out else None
 
 
 def _apply_in_chart(how: Application, frame: Frame, x: Array) -> tuple[Array, Array | None, Array | None]:
@@ -309,11 +231,11 @@ def _pull_back(
     if b is None:
         return _gradients(how, x, a, frame, dy, None)
     plain = how._replace(preferred_element_type=None)
-    p = _project(plain, dy, frame.U[-1], b)
+    p = stages.project(plain, dy, frame.U[-1], b)
     if how.geometry.groups == 1:
         last = contract_rows(dy, b, precision=how.precision, dtype=frame.K[-1].dtype)
     else:
-        last = _transpose(lambda k: _expand(plain, b, k), frame.K[-1], dy)
+        last = stages.transpose(lambda k: stages.expand(plain, b, k), frame.K[-1], dy)
     return _gradients(how, x, a, frame, p, last)
 
 
@@ -399,8 +321,10 @@ def _normalized_by_chart(static: tuple, frame: Frame, x: Array, scale: Array, bi
 
 def _stages(how: Application, x: Array, frame: Frame) -> tuple[Array, Array]:
     """``A`` and ``B``; where a channel mode is merged, the one before or after it."""
-    a = _reduce(how, x, frame.U[-2])
-    return a, _convolve(how, a, _merge(how, _orthonormal(frame.Q[-1], frame.core, how.stream_out), frame.U))
+    a = stages.reduce(how, x, frame.U[-2])
+    return a, stages.convolve_merged(
+        how, a, stages.merge(how, _orthonormal(frame.Q[-1], frame.core, how.stream_out), frame.U)
+    )
 
 
 def _gradients(
@@ -409,19 +333,19 @@ def _gradients(
     """What is left to do with ``P`` and ``dK_out``, which is ``None`` where the out-channels are merged and ``P = dY``."""
     core, K, U, Q = frame[:4]
     how = how._replace(preferred_element_type=None)
-    a = _reduce(how, x, None) if a is None else a
+    a = stages.reduce(how, x, None) if a is None else a
     dK: list[Array | None] = [*[None] * (len(U) - 1), last]
 
-    kernel = _merge(how, _orthonormal(Q[-2], core, how.stream_in), U)
-    e = _transpose(lambda a: _convolve(how, a, kernel), a, p)
-    dx = _transpose(lambda z: _reduce(how, z, K[-2]), x, e)
+    kernel = stages.merge(how, _orthonormal(Q[-2], core, how.stream_in), U)
+    e = stages.transpose(lambda a: stages.convolve_merged(how, a, kernel), a, p)
+    dx = stages.transpose(lambda z: stages.reduce(how, z, K[-2]), x, e)
     if how.stream_in and how.geometry.groups == 1:
         dK[-2] = contract_rows(x, e, precision=how.precision, dtype=K[-2].dtype)
     elif how.stream_in:
-        dK[-2] = _transpose(lambda k: _reduce(how, x, k), K[-2], e)
+        dK[-2] = stages.transpose(lambda k: stages.reduce(how, x, k), K[-2], e)
 
-    dM = _correlate(how, a, p, kernel.shape).astype(kernel.dtype)
-    merged = _merged_factors(how, U)
+    dM = stages.correlate(how, a, p, kernel.shape).astype(kernel.dtype)
+    merged = stages.merged_factors(how, U)
     channels = len(U) - 2
     # The spatial modes and the core share the products with the large channel factors.
     inner = multi_mode_product(dM, (None,) * channels + merged[channels:], transpose=True)
@@ -438,9 +362,3 @@ def _gradients(
 def _orthonormal(q: Array | None, core: Array, streamed: bool) -> Array:
     """The core-shaped ``X`` of ``M[X]``: ``Q_i`` where mode ``i`` is streamed (``K_i`` completes it), else ``C``."""
     return core if q is None or not streamed else q
-
-
-def _transpose(stage: Any, like: Array, cotangent: Array) -> Array:
-    """The transpose of a linear ``stage``, which takes an array ``like`` this one, at a cotangent."""
-    (result,) = jax.linear_transpose(stage, like)(cotangent)
-    return result

@@ -14,7 +14,7 @@ _NOTHING = "takes no arguments"
 REASONS = {
     _NODE: (
         *("tucker.TuckerTensor", "frame.Frame", "ranks.RankPolicy", "baselines.cp.CPTensor", "paths.KernelTree"),
-        *("conv.geometry.Geometry", "conv.onepass.Tap", "conv.onepass.Application", "conv.onepass.Applied"),
+        *("conv.geometry.Geometry", "conv.onepass.Tap", "conv.stages.Application", "conv.onepass.Applied"),
         *(f"conv.normalization.{n}" for n in ("Normalized", "OutputGradient", "Saved")),
         *("dynamics.flows.Flow", "dynamics.flows.MovingFrame", "dynamics.momentum.Rolling", "budget.Plan"),
     ),
@@ -43,6 +43,8 @@ REASONS = {
         ),
         *(f"sensitivity.{n}" for n in ("average", "cost_per_rank", "measure", "start")),
         *("conv.onepass.apply_normalized", "conv.onepass.core_cotangent", "conv.rows.contract_rows"),
+        *(f"conv.stages.{n}" for n in ("reduce", "convolve_merged", "correlate", "expand", "project", "transpose")),
+        *(f"conv.stages.{n}" for n in ("merge", "merged_factors", "merged_shape")),
         *("conv.onepass.apply_kernel", "galerkin.core_gradient", "network.NetworkStep", "network.StepOutcome"),
         *(
             f"inspection.{n}"
