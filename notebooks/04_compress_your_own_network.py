@@ -41,7 +41,7 @@ from sklearn.datasets import load_digits
 
 import tdlrt_jax
 from tdlrt_jax import Budget, export
-from tdlrt_jax.nn import tdlrt, tdlrt_step
+from tdlrt_jax.nn import resize, tdlrt, tdlrt_step
 
 plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -163,30 +163,17 @@ def accuracy(model):
 # Ranks fall *inside* the compiled step: columns of the factors become zero, while the arrays keep their shapes. Memory and time
 # fall when the arrays are cut, and then the step is compiled anew. So this is done now and then, here after every fourth epoch.
 # `fit_capacity` proposes sizes for the network as a whole, and proposes the present ones as long as a change does not pay.
-# `resize` cuts or pads kernels and optimizer state alike. nnx keeps arrays in Variables, so the function below takes them out
-# and puts the new ones back.
+# `resize` cuts or pads kernels and optimizer state alike.
 
 
 # %%
-def resize_in_place(variables, capacity):
-    """Gives the kernels in a tree of Variables other array sizes; the tensors stay the same."""
-    resized = tdlrt_jax.resize(nnx.as_pure(variables), capacity)
-
-    def is_variable(node):
-        return isinstance(node, nnx.Variable)
-
-    jax.tree.map(lambda variable, value: variable.set_value(value), variables, resized, is_leaf=is_variable)
-
-
 def fit_arrays(model, optimizer):
     """Lets the arrays of model and optimizer follow the ranks; returns whether anything changed."""
-    params = nnx.state(model, nnx.Param)
-    kernels = tdlrt_jax.kernel_paths(nnx.as_pure(params))
+    kernels = tdlrt_jax.kernel_paths(nnx.as_pure(nnx.state(model, nnx.Param)))
     wanted = tdlrt_jax.fit_capacity(kernels)
     if wanted == {name: kernel.core.shape for name, kernel in kernels.items()}:
         return False
-    resize_in_place(params, wanted)
-    resize_in_place(optimizer.opt_state, wanted)
+    resize(model, optimizer, wanted)
     return True
 
 

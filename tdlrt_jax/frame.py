@@ -54,8 +54,8 @@ class Frame(NamedTuple):
     U: tuple[ModeArray, ...]  # (n_i, R_i) each
     Q: Any  # a tuple of ModeArray, (R_1, ..., R_d) each: Ten_i(Q_i^T), slices along mode i orthonormal; None likewise
     tap: Any = None  # a tdlrt_jax.conv.onepass.Tap, which a second gradient at the same network is taken from
-    # Like K: the U_i S_i, from whoever differentiates core and K alone; what U, Q and these depend on can then be differentiated
-    # from outside (through a step of training, say). None: nothing but core and K differentiates.
+    # Like K: the U_i S_i, from whoever differentiates core and K alone; gradients can then be differentiated from outside in what
+    # U, Q and these depend on (a Hessian of the loss, say). None: nothing but core and K differentiates.
     origin: Any = None
 
     def bases(self) -> tuple[ModeArray, ...]:

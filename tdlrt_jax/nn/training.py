@@ -1,4 +1,4 @@
-"""Training ``flax.nnx`` models with Tucker kernels: gradients of Theorem 1, and ``tdlrt`` for ``nnx.Optimizer``."""
+"""Training ``flax.nnx`` models with Tucker kernels: gradients of Theorem 1, and the jitted step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import tdlrt_jax.frame
-import tdlrt_jax.optimizer
 from tdlrt_jax import status as flags
 from tdlrt_jax.arguments import check_callable, shown
 from tdlrt_jax.frame import is_kernel
@@ -20,7 +18,7 @@ from tdlrt_jax.gradients import StepGradients
 from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.step import StepInfo, check_compiler_options, combined_status, report, together, vetoed
 
-__all__ = ["tdlrt", "tdlrt_step", "value_and_grad", "value_and_grad_fn", "value_and_two_grads"]
+__all__ = ["tdlrt_step", "value_and_grad", "value_and_grad_fn", "value_and_two_grads"]
 
 
 class _Place(NamedTuple):
@@ -244,50 +242,6 @@ def value_and_grad_fn(
     return fix
 
 
-def tdlrt(inner: optax.GradientTransformation, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """:func:`tdlrt_jax.tdlrt` for ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
-
-    ``nnx.Optimizer`` initializes with Variables and updates with arrays; a state whose fields hold kernels does not
-    survive that. Here both are arrays. Integrators with two evaluations get theirs by
-    ``optimizer.update(model, grads, value_and_grad_fn=...)``, see :func:`value_and_grad_fn`.
-
-    Args:
-      inner: an optax transformation, the descent step.
-      **options: of :func:`tdlrt_jax.tdlrt`, ``tolerance`` among them.
-
-    Returns:
-      An optax transformation. Where parameters come with Variables, updates do so too.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from flax import nnx
-      >>> import tdlrt_jax.nn
-      >>> model = tdlrt_jax.nn.TuckerLinear(6, 5, rank=2, rngs=nnx.Rngs(0))
-      >>> tx = tdlrt_jax.nn.tdlrt(optax.sgd(0.1), tolerance=0.1, integrator="parallel")
-      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-      >>> @nnx.jit
-      ... def step(model, optimizer, x):
-      ...     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)
-      ...     loss, grads = tdlrt_jax.nn.value_and_grad(loss_fn)(model, x)
-      ...     optimizer.update(model, grads)
-      ...     return loss
-      >>> losses = [float(step(model, optimizer, jnp.ones((3, 6)))) for _ in range(3)]
-      >>> losses[2] < losses[0]
-      True
-    """
-    transformation = tdlrt_jax.optimizer.tdlrt(inner, **options)
-
-    def init(params: Any) -> Any:
-        return transformation.init(nnx.as_pure(params))
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, state = transformation.update(nnx.as_pure(grads), nnx.as_pure(state), nnx.as_pure(params), **extra)
-        treedef: Any = jax.tree.structure(params)
-        return treedef.unflatten(jax.tree.leaves(updates)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def tdlrt_step(
     loss_fn: Callable[..., Any],
     *,
@@ -313,13 +267,14 @@ def tdlrt_step(
 
     Returns:
       ``step(model, optimizer, *batch, **more) -> info``, a :class:`tdlrt_jax.StepInfo`. ``optimizer`` is an ``nnx.Optimizer``
-      of :func:`tdlrt`. The model's other state, and that of modules and random streams in the batch (``nnx.Rngs``), moves
-      once, from the first evaluation; where a number is not finite (see
+      of :func:`tdlrt_jax.nn.tdlrt`. The model's other state, and that of modules and random streams in the batch
+      (``nnx.Rngs``), moves once, from the first evaluation; where a number is not finite (see
       :func:`tdlrt_jax.tdlrt_step`), model and optimizer stay as they were and ``info.status`` says so.
 
     Raises:
       ValueError: for ``accumulate`` below 1, a batch that it does not divide, more than one of ``second_pass``, ``cores_only``
-        and ``ranks_stay``, or ``compiler_options`` that are no mapping; if there is no :func:`tdlrt` in the optimizer.
+        and ``ranks_stay``, or ``compiler_options`` that are no mapping; if there is no :func:`tdlrt_jax.nn.tdlrt` in the
+        optimizer.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -184,6 +184,12 @@ NN = {
         (lambda: nn.tdlrt(3, tolerance=0.1), "inner"),
         (lambda: nn.tdlrt(optax.sgd(0.1), tolerance=2.0), "tolerance"),
     ],
+    "nn.purify": each(nn.purify, "tx", (3, None, optax.sgd)),
+    "nn.resize": [
+        *each(lambda v: nn.resize(v, None, 2), "model", (3, None, KERNEL)),
+        *each(lambda v: nn.resize(LAYER, v, 2), "optimizer", (3, "x", optax.sgd(0.1))),
+        *each(lambda v: nn.resize(LAYER, None, v), "capacity", (0, -1, 1.5, "x", None, {"x": 2})),
+    ],
     "nn.tdlrt_step": [
         *each(nn.tdlrt_step, "loss_fn", (3, None)),
         (lambda: nn.tdlrt_step(model_loss, cores_only=True, ranks_stay=True), "ranks_stay"),
