@@ -232,7 +232,8 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
         :func:`tdlrt_jax.tucker_conv`, :func:`tdlrt_jax.tucker_linear` or :func:`tdlrt_jax.to_dense`. It sees frames, whose
         arrays (``jax.tree.leaves``) are not those of the parameters: a penalty is one of ``to_dense(kernel)``, or, cheaper,
         ``optax.add_decayed_weights`` inside of :func:`tdlrt_jax.tdlrt`.
-        The loss may contain derivatives of the network, such as a gradient penalty by ``jax.grad``.
+        The loss may contain derivatives of the network, such as a gradient penalty by ``jax.grad``; those in forward mode
+        (``jax.jvp``, ``jax.jacfwd``) of layers with the dense kernels, ``to_dense(kernel)``.
       has_aux: as in ``jax.value_and_grad``.
 
     Returns:

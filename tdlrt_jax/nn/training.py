@@ -121,7 +121,8 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: A
     and random streams (``nnx.Rngs``) that it is given, is changed in those, as by ``nnx.value_and_grad``.
 
     Args:
-      loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``.
+      loss_fn: ``loss_fn(model, *batch)``, a scalar, or ``(scalar, aux)`` with ``has_aux``. It may contain derivatives of the
+        model; those in forward mode (``jax.jvp``) of ``tdlrt_jax.densify(model)``, which is differentiated as the model is.
       has_aux: as in ``nnx.value_and_grad``.
       wrt: filter for the Variables to differentiate in; that of ``nnx.Optimizer``.
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from tdlrt_jax import hosvd, to_dense, value_and_grad
+from tdlrt_jax import densify, hosvd, nn, to_dense, value_and_grad
 from tdlrt_jax.baselines import matrix_conv
 from tdlrt_jax.conv import tucker_conv, tucker_conv_batch_norm, tucker_linear
 from tdlrt_jax.frame import core_frame
@@ -135,6 +136,35 @@ def test_second_derivatives_in_the_input(case, plan):
         return along(jnp.ones_like(x)) ** 2 + jnp.sum(jax.grad(lambda x: jnp.sum(jax.grad(energy)(x) ** 2))(x) ** 2)
 
     assert_same_gradients(loss, lambda x, w: tucker_conv(x, w, plan=plan), dense_conv, kernel)
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["to_dense", "densify"])
+def test_forward_mode_of_dense_kernels(x64, rng, model):
+    """As ``value_and_grad`` says: a derivative along a direction, of the layer with its kernel made dense in the loss."""
+    kernel, x, direction = hosvd(jnp.asarray(rng.normal(size=(3, 3, 4, 5))), rank=3), *rng.normal(size=(2, 2, 6, 6, 4))
+    layer = nn.TuckerConv(4, 5, (3, 3), use_bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graphdef, _ = nnx.split(layer)
+
+    def apply(x, w):
+        if model:
+            return densify(nnx.merge(graphdef, nnx.State({"kernel": nnx.Param(w)})))(x)
+        return tucker_conv(x, to_dense(w))
+
+    def loss_of(layer):
+        return jnp.sum(jax.jvp(lambda x: jnp.tanh(layer(x)), (x,), (direction,))[1] ** 2)
+
+    def by_reverse_mode(layer):
+        def along(x):
+            _, pullback = jax.vjp(lambda x: jnp.tanh(layer(x)), x)
+            return jax.vjp(lambda dy: pullback(dy)[0], jnp.zeros((2, 6, 6, 5)))[1](direction)[0]
+
+        return jnp.sum(along(x) ** 2)
+
+    x, direction = jnp.asarray(x), jnp.asarray(direction)
+    found = value_and_grad(lambda w: loss_of(lambda x: apply(x, w)))(kernel)
+    expected = value_and_grad(lambda w: by_reverse_mode(lambda x: tucker_conv(x, w, plan="factored")))(kernel)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10 * float(jnp.max(jnp.abs(other))))
 
 
 def test_an_attack_that_is_not_differentiated_is_a_constant(case):
