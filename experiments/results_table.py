@@ -86,6 +86,8 @@ def method_name(options: Mapping[str, Any]) -> str | None:
       ('cp', 'bug every 10 steps')
       >>> method_name({"method": "tucker", "initialization": "normalized", "least_rank": 3})
       'tucker (normalized, least rank 3)'
+      >>> method_name({"method": "dense", "gain": 0.25})
+      'dense (gain 0.25)'
     """
     words = [str(options["method"])] if options.get("method") not in (None, "tdlrt") else []
     if is_adaptive(options) and "integrator" in options:
@@ -98,6 +100,7 @@ def method_name(options: Mapping[str, Any]) -> str | None:
             words.append("with momentum")
     start = ["normalized"] if options.get("initialization") == "normalized" else []
     start += [f"least rank {options['least_rank']}"] if options.get("least_rank", 1) > 1 else []
+    start += [f"gain {options['gain']:g}"] if options.get("gain", 1) != 1 else []
     if words and start:
         words.append(f"({', '.join(start)})")
     return " ".join(words) or None
