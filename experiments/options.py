@@ -88,6 +88,8 @@ class ModelConfig:
     """The network."""
     width: float = 1.0
     """Factor of all numbers of filters, for a narrower network (not of lenet5)."""
+    windows: Literal["original", "small"] = "original"
+    """Of alexnet's first two convolutions. original: 11x11 and 5x5, made for large images. small: 3x3 as in the others."""
     hidden_units: int = 0
     """Of each of two linear layers before the classifier (of alexnet and vgg16), 4096 in the originals; 0 for none."""
     dropout: float = 0.0
@@ -137,6 +139,8 @@ class ModelConfig:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {value}: not of {self.model}, expected --model {' or '.join(_WITH_HIDDEN)}"
                 )
+        if self.windows != "original" and self.model != "alexnet":
+            raise ValueError(f"--windows {self.windows}: not of {self.model}, expected --model alexnet")
         if self.model == "lenet5" and self.width != 1:
             raise ValueError(f"--width {self.width}: lenet5 has one width, 1.0")
         if isinstance(self.rank, float) and self.rank > 1:

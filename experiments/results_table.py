@@ -101,6 +101,7 @@ def method_name(options: Mapping[str, Any]) -> str | None:
     start = ["normalized"] if options.get("initialization") == "normalized" else []
     start += [f"least rank {options['least_rank']}"] if options.get("least_rank", 1) > 1 else []
     start += [f"gain {options['gain']:g}"] if options.get("gain", 1) != 1 else []
+    start += ["small windows"] if options.get("windows") == "small" else []
     if words and start:
         words.append(f"({', '.join(start)})")
     return " ".join(words) or None

@@ -38,6 +38,7 @@ PROTOCOL = (
     "plateau_of",
     "norm_momentum",
     "gain",
+    "windows",
     "hidden_units",
     "dropout",
 )

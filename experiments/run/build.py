@@ -63,6 +63,8 @@ def _build(config: ModelConfig, dataset: Dataset, seed: int) -> nnx.Module:
     if config.model != "lenet5":
         parts["width"] = config.width
         parts["norm"] = functools.partial(nnx.BatchNorm, momentum=config.norm_momentum)
+    if config.windows == "small":
+        parts["windows"] = (3,) * 5
     if config.hidden_units:
         parts["hidden"] = (config.hidden_units,) * 2
     if config.dropout:

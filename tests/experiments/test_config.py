@@ -43,6 +43,7 @@ def test_help_lists_every_option_and_imports_nothing_slow():
             "--dropout 0.5: not of resnet18, expected --model alexnet or vgg16",
         ),
         (["--model", "vgg16", "--dropout", "1"], r"--dropout 1.0: expected a rate in \[0, 1\)"),
+        (["--model", "vgg16", "--windows", "small"], "--windows small: not of vgg16, expected --model alexnet"),
         (["--model", "vgg16", "--hidden-units", "-1"], "--hidden-units -1: expected a number at least 0"),
         (["--validation", "0.95"], "--validation 0.95: expected a number at least 0 and at most 0.9"),
         (["--momentum", "1"], "--momentum 1.0"),

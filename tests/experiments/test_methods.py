@@ -257,3 +257,11 @@ def test_hidden_layers_are_built_as_the_method_says(model):
         assert [(to_dense(kernel) if low_rank else kernel).shape[-1] for kernel in kernels] == [12, 12]
         assert [is_tucker(kernel) for kernel in kernels] == [low_rank] * 2
         assert network.dropout.rate == 0.25 and network.classifier.in_features == 12
+
+
+def test_alexnets_windows_are_built_as_asked_for():
+    images = data.Images(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int32))
+    dataset = data.Dataset("none", images, None, images, 10, np.zeros(3), np.ones(3), "none")
+    for options, expected in (({}, (11, 5)), ({"windows": "small"}, (3, 3))):
+        network = build_model(ModelConfig(model="alexnet", width=1 / 32, method="dense", **options), dataset, 0)
+        assert tuple(conv.kernel_size[0] for conv in network.convs) == (*expected, 3, 3, 3)

@@ -53,6 +53,23 @@ def test_alexnet_has_the_papers_16_8_percent_of_vgg16s_weights():
     assert round(100 * weights(AlexNet) / weights(VGG16), 1) == 16.8
 
 
+def test_alexnet_with_small_windows_differs_in_its_first_two_kernels_alone():
+    original, small = kernels(AlexNet), kernels(AlexNet, windows=(3,) * 5)
+    assert [kernel.shape for path, kernel in small.items() if kernel.shape != original[path].shape] == [
+        (3, 3, 3, 64),
+        (3, 3, 64, 192),
+    ]
+    assert weights(AlexNet, windows=(3,) * 5) == 2_250_432
+    model = AlexNet(width=TINY, windows=[3, 3, 3, 3, 3], rngs=nnx.Rngs(0))
+    assert forward(model, jnp.zeros((2, 32, 32, 3))).shape == (2, 10)
+
+
+@pytest.mark.parametrize("windows", [3, (3, 3), (11, 5, 3, 3, 2), (11, 5, 3, 3, 0), (11, 5, 3, 3, 3.0), "33333"])
+def test_windows_that_cannot_be_are_refused(windows):
+    with pytest.raises(ValueError, match=r"windows=.*: expected 5 odd sides of windows, such as \(11, 5, 3, 3, 3\)"):
+        AlexNet(width=TINY, windows=windows, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     ("network", "others"),
     [
