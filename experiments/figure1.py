@@ -136,7 +136,7 @@ def _markdown(networks: Sequence[str], found: Sequence[Sweep], results: Results)
                 asked = "" if value is None else f"{'τ' if sweep.option == 'tau' else sweep.option} {value:g}"
                 cells = [NETWORKS[network], sweep.title, asked, accuracy.text(), compression.text(), str(len(group))]
                 lines.append([*cells, sources.of(group)])
-                compared[f"{sweep.title} {asked} on {NETWORKS[network]}"] = (
+                compared[f"{sweep.title} {asked}".strip(), NETWORKS[network]] = (
                     options_of(group[0]),
                     {"limit": None, **protocol, **options},
                 )

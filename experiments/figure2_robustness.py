@@ -113,7 +113,7 @@ def _markdown(
         line += [accuracy.text(), "—" if compression is None else compression.text(1), sources.of(group)]
         lines.append(line)
         planned = {"limit": None, **protocol, **methods[name]["options"]}
-        compared[title] = (options_of(group[0]), planned)
+        compared[title, "LeNet5"] = (options_of(group[0]), planned)
     every = sorted({options_of(group[0])["evaluate_every"] for group in results.values()}, key=str)
     header = ["method", "runs", *[f"steps to {threshold}% (runs that reach it)" for threshold in THRESHOLDS]]
     header += ["final test acc. [%]", "final c.r. of the convolutions [%]", "where"]

@@ -27,7 +27,7 @@ METHODS = {
     "tdlrt": Method("TDLRT", "tucker", adaptive=True),
     "matrix_dlrt": Method("Matrix DLRT", "matrix", adaptive=True),
     "tucker": Method("Tucker-factorized", "tucker"),
-    "matrix": Method("Matrix-factorized", "matrix"),
+    "matrix": Method("Matrix-factorized", "matrix"),  # without a core
     "cp": Method("CP-factorized", "cp"),
     "snip": Method("SNIP", pruning="snip"),
     "grasp": Method("GraSP", pruning="grasp"),

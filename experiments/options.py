@@ -106,7 +106,7 @@ class ModelConfig:
     number of terms, or a fraction of the number at which it saves nothing."""
     least_rank: int = 1
     """No channel mode of a convolution's Tucker kernel starts with a lower rank, and smaller modes start whole, as with 3 the
-    three colors of an image do. Not of matrix and cp."""
+    three colors of an image do. Of matrices the least rank, of cp the least number of terms."""
     compression: float | None = None
     """0.9 to keep a tenth. Of the convolutions, at least: decides the fixed ranks of tucker, matrix and cp in place of --rank. Of
     all weights that can go together (with --linear those of hidden layers too): what snip, grasp and imp prune."""

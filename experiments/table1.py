@@ -112,8 +112,8 @@ def _setting(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
         ):
             if name in results:
                 planned = {"limit": None, **protocol, **options}
-                title = f"{row.title}, normalized," if name == row.name_normalized else row.title
-                compared[f"{title} on {NETWORKS[row.network]}"] = (options_of(results[name][0]), planned)
+                title = f"{row.title} normalized" if name == row.name_normalized else row.title
+                compared[title, NETWORKS[row.network]] = (options_of(results[name][0]), planned)
     some = [group[0] for group in results.values()]
     data = ", ".join(sorted({result.get("data") or result["options"]["dataset"] for result in some}))
     sizes = sorted({(result["images"]["train"], result["images"]["test"]) for result in some})

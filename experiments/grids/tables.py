@@ -172,26 +172,55 @@ def _letters(number: int) -> str:
     return (_letters(before - 1) if before else "") + string.ascii_lowercase[last]
 
 
-def shrunk(rows: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
-    """A sentence about what results have other than the experiment's protocol, from their options.
+def shrunk(rows: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """A sentence about what results have other than the experiment's protocol, from all of their options but the seed.
 
     Args:
-      rows: by title, the options of a result, and those that the protocol asks for at full scale.
+      rows: by method and network, the options of a result, and those that the protocol asks for at full scale; what neither it
+        names is asked for as is the default.
 
     Example:
-      >>> shrunk({"TDLRT": ({"width": 0.25, "limit": 10}, {"width": 1.0, "limit": None})})
-      'Other than the protocol: width 0.25 instead of 1.0, limit 10 instead of none.'
+      >>> asked = {"width": 1.0, "limit": None}
+      >>> shrunk({
+      ...     ("TDLRT", "VGG16"): ({"width": 0.25, "limit": 10, "gain": 0.25}, asked),
+      ...     ("TDLRT", "ResNet18"): ({"width": 0.125, "limit": 10, "gain": 0.25}, asked),
+      ...     ("SNIP", "ResNet18"): ({"width": 0.125, "limit": 10}, asked),
+      ... })
+      'Other than the protocol: limit 10 instead of none; gain 0.25 instead of 1.0 (TDLRT); width 0.125 instead of 1.0 (ResNet18);
+      width 0.25 instead of 1.0 (VGG16).'
     """
-    where: dict[str, list[str]] = {}
-    for title, (options, protocol) in rows.items():
-        for name, value in protocol.items():
-            if options.get(name) != value:
-                found = f"{name} {_word(options.get(name))} instead of {_word(value)}"
-                where.setdefault(found, []).append(title)
-    if not where:
+    defaults = {name: value for name, value in TrainConfig().to_json().items() if name != "seed"}
+    where: dict[str, list[tuple[str, str]]] = {}
+    for place, (options, protocol) in rows.items():
+        planned = {**{name: defaults[name] for name in options if name in defaults}, **protocol}
+        for name in [*protocol, *[name for name in planned if name not in protocol]]:
+            if options.get(name) != planned[name]:
+                where.setdefault(f"{name} {_word(options.get(name))} instead of {_word(planned[name])}", []).append(
+                    place
+                )
+    together: dict[str, list[str]] = {}
+    for found, places in sorted(where.items(), key=lambda item: -len(item[1])):
+        together.setdefault(_places(places, list(rows)), []).append(found)
+    if not together:
         return "All as the protocol says."
-    words = [found if len(titles) == len(rows) else f"{found} ({', '.join(titles)})" for found, titles in where.items()]
-    return f"Other than the protocol: {', '.join(words)}."
+    parts = [", ".join(found) + (f" ({places})" if places else "") for places, found in together.items()]
+    return f"Other than the protocol: {'; '.join(parts)}."
+
+
+def _places(some: Sequence[tuple[str, str]], rows: Sequence[tuple[str, str]]) -> str:
+    """Rows in few words: whole networks, or methods on all networks, by their names alone."""
+    if len(some) == len(rows):
+        return ""
+    methods, networks = (list(dict.fromkeys(row[part] for row in some)) for part in (0, 1))
+    if all(row in some for row in rows if row[0] in methods):
+        return ", ".join(methods)
+    whole = [network for network in networks if all(row in some for row in rows if row[1] == network)]
+    words = [", ".join(whole)] if whole else []
+    rest: dict[tuple[str, ...], list[str]] = {}  # networks by methods
+    for network in networks:
+        if network not in whole:
+            rest.setdefault(tuple(method for method, of in some if of == network), []).append(network)
+    return "; ".join(words + [f"{', '.join(of)} on {', '.join(where)}" for of, where in rest.items()])
 
 
 def _word(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from experiments.options import ModelConfig, OptimizerConfig, TdlrtConfig
 from experiments.run.data import Dataset
 from experiments.run.metrics import layers, totals
 from tdlrt_jax import models
-from tdlrt_jax.baselines import balance
+from tdlrt_jax.baselines import balance, cp_rank
 from tdlrt_jax.conv import conv_general_dilated
 from tdlrt_jax.initialization import Rank
 from tdlrt_jax.nn import CPConv, MatrixConv, TuckerConv, TuckerLinear
@@ -91,12 +92,10 @@ def _convolution(config: ModelConfig) -> Any:
     if config.parts.layer == "tucker":
         return functools.partial(_tucker_conv, config, kernel_init=draw)
     if config.parts.layer == "matrix":
-        return functools.partial(MatrixConv, rank=config.rank, initialization=config.initialization, kernel_init=draw)
+        return functools.partial(_matrix_conv, config, kernel_init=draw)
     if config.parts.layer == "cp":
         names = {"dense": "normal", "hosvd": "als", "spectral": "spectral"}
-        return functools.partial(
-            CPConv, rank=config.rank, initialization=names[config.initialization], kernel_init=draw
-        )
+        return functools.partial(_cp_conv, config, initialization=names[config.initialization], kernel_init=draw)
     # The same fast convolution for small images that Tucker layers have: a dense network is to be a fair match.
     return functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated, kernel_init=draw)
 
@@ -147,13 +146,29 @@ def is_pruned(config: ModelConfig, kinds: dict[str, str], name: str) -> bool:
 def _tucker_conv(
     config: ModelConfig, channels: int, filters: int, kernel_size: Sequence[int], **options: Any
 ) -> TuckerConv:
-    def start(size: int) -> int:
-        count = round(config.rank * size) if isinstance(config.rank, float) else config.rank
-        return min(size, max(count, config.least_rank))
-
     spatial = [None if config.spatial == "whole" else size for size in kernel_size]
-    rank: Rank = (*spatial, start(channels), start(filters))
+    rank: Rank = (*spatial, _initial_rank(config, channels), _initial_rank(config, filters))
     return TuckerConv(channels, filters, kernel_size, rank=rank, initialization=config.initialization, **options)
+
+
+def _matrix_conv(
+    config: ModelConfig, channels: int, filters: int, kernel_size: Sequence[int], **options: Any
+) -> MatrixConv:
+    rank = _initial_rank(config, min(math.prod(kernel_size) * channels, filters))
+    core = config.parts.adaptive  # the integrators' charts have one
+    return MatrixConv(
+        channels, filters, kernel_size, rank=rank, initialization=config.initialization, core=core, **options
+    )
+
+
+def _cp_conv(config: ModelConfig, channels: int, filters: int, kernel_size: Sequence[int], **options: Any) -> CPConv:
+    terms = max(cp_rank((*kernel_size, channels, filters), config.rank), config.least_rank)
+    return CPConv(channels, filters, kernel_size, rank=terms, **options)
+
+
+def _initial_rank(config: ModelConfig, size: int) -> int:
+    count = round(config.rank * size) if isinstance(config.rank, float) else config.rank
+    return min(size, max(count, config.least_rank))
 
 
 def build_descent(optimizer: OptimizerConfig, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:

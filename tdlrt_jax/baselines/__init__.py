@@ -1,7 +1,7 @@
 """What TDLRT is compared with: other low-rank formats, and pruning at initialization and by magnitude."""
 
 from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral, cp_to_dense, is_cp
-from tdlrt_jax.baselines.matrix import matrix_conv
+from tdlrt_jax.baselines.matrix import matrix_conv, two_factors
 from tdlrt_jax.baselines.pruning import (
     PrunedState,
     PruningRound,
@@ -40,5 +40,6 @@ __all__ = [
     "prune_and_rewind",
     "pruned",
     "snip_scores",
+    "two_factors",
     "weights_of_layers",
 ]

@@ -8,6 +8,8 @@ come from one pass, as for Tucker convolutions::
     forward    A = x * U_1          B = A Q_2            Y  = B K_2^T
     backward   P = dY U_2           E = P Q_1^T          dx = E *^T K_1
                dK_2 = dY^T B        dK_1 = corr(x, E)    dC = A^T P
+
+Networks whose factors are trained at once by plain gradients have no core, ``W = A B^T``: a CP tensor of two modes.
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from tdlrt_jax.arguments import check_input, check_integers, check_precision, shown
+from tdlrt_jax.baselines.cp import CPTensor, is_cp
 from tdlrt_jax.conv.convolution import convolve
 from tdlrt_jax.conv.geometry import Geometry, PaddingLike, resolve_input
 from tdlrt_jax.frame import Frame, in_chart
-from tdlrt_jax.tucker import TuckerTensor, kernel_shape
+from tdlrt_jax.tucker import TuckerTensor, check_kernel, kernel_shape
 
-__all__ = ["matrix_conv"]
+__all__ = ["matrix_conv", "two_factors"]
 
 _Static = tuple[tuple[int, ...], Geometry, Any]  # window, geometry, precision
 
 
 def matrix_conv(
     x: Array,
-    kernel: TuckerTensor | Frame,
+    kernel: TuckerTensor | Frame | CPTensor,
     window: Sequence[int],
     *,
     strides: int | Sequence[int] | None = 1,
@@ -47,7 +50,8 @@ def matrix_conv(
     Args:
       x: ``(batch..., spatial..., in)``; the kernel is taken to its dtype, integers are taken to the kernel's.
       kernel: of shape ``(prod(window) * in, out)``, rows in the order of ``(window..., in)``; both modes with factors. A Frame
-        differentiates by the gradients of Theorem 1, a TuckerTensor by the ordinary ones, to any order.
+        differentiates by the gradients of Theorem 1, a TuckerTensor, and a CPTensor ``A B^T`` of the factors
+        ``(prod(window) * in, R), (out, R)``, by the ordinary ones, to any order.
       window: the kernel's spatial shape.
       strides, padding, dilation, precision: as in :func:`tdlrt_jax.tucker_conv`.
 
@@ -68,25 +72,29 @@ def matrix_conv(
     window = check_integers("window", window, 1, what="sizes, one a spatial dimension")
     x = check_input("x", x)
     check_precision("precision", precision)
-    if not isinstance(kernel, TuckerTensor | Frame):
-        raise ValueError(f"kernel is {shown(kernel)}: expected a TuckerTensor or Frame (prod(window) * in, out)")
+    if not isinstance(kernel, TuckerTensor | Frame | CPTensor):
+        raise ValueError(
+            f"kernel is {shown(kernel)}: expected a TuckerTensor, Frame or CPTensor (prod(window) * in, out)"
+        )
     factors = kernel.U if isinstance(kernel, Frame) else kernel.factors
     if len(factors) != 2 or any(factor is None for factor in factors):
         raise ValueError(
-            "kernel must be a TuckerTensor or Frame of two modes (prod(window) * in, out), both with factors, got "
+            "kernel must be a TuckerTensor, Frame or CPTensor of two modes (prod(window) * in, out), both with factors, got "
             f"{len(factors)} modes, of which {sum(factor is None for factor in factors)} are whole"
         )
     spatial = len(window)
-    rows = kernel_shape(kernel)[0]
+    rows = factors[0].shape[0] if is_cp(kernel) else kernel_shape(kernel)[0]
     if x.ndim < spatial + 1 or rows != math.prod(window) * x.shape[-1]:
         raise ValueError(
             f"kernel has {rows} rows: expected prod(window) * in for window={window} and x of shape {x.shape}"
         )
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        x = x.astype(jnp.result_type(kernel.core))
+        x = x.astype(jnp.result_type(*kernel.factors if isinstance(kernel, CPTensor) else [kernel.core]))
     x, geometry, lead = resolve_input(x, window, strides=strides, padding=padding, dilation=dilation)
     reduce = partial(_reduce, window, geometry, precision)
-    if isinstance(kernel, Frame) and kernel.K is not None:
+    if isinstance(kernel, CPTensor):
+        y = _product(reduce(x, kernel.factors[0]), kernel.factors[1].T, precision)
+    elif isinstance(kernel, Frame) and kernel.K is not None:
         y = _one_pass(window, geometry, precision, x, kernel._replace(tap=None))
     else:
         if isinstance(kernel, Frame):
@@ -95,6 +103,43 @@ def matrix_conv(
         a = reduce(x, first)
         y = _product(_product(a, kernel.core, precision), last.T, precision)
     return y.reshape(*lead, *y.shape[1:])
+
+
+def two_factors(kernel: TuckerTensor) -> CPTensor:
+    """The matrix ``U_1 C U_2^T`` as ``A B^T`` with evenly shared singular values: ``A = U_1 P S^(1/2)``, ``B = U_2 Q S^(1/2)``.
+
+    Args:
+      kernel: of two modes, both with factors; ``C = P S Q^T`` is its core.
+
+    Returns:
+      A :class:`CPTensor` of the factors ``(n_1, R)`` and ``(n_2, R)`` with ``R`` the smaller of the core's sizes.
+
+    Raises:
+      ValueError: for a kernel of other than two modes, or with a whole one.
+
+    Example:
+      >>> import jax.numpy as jnp, tdlrt_jax
+      >>> kernel = two_factors(tdlrt_jax.hosvd(jnp.diag(jnp.array([4.0, 9.0])), rank=1))
+      >>> [round(float(jnp.abs(factor).max()), 3) for factor in kernel.factors]
+      [3.0, 3.0]
+
+    Source: spectral initialization of ``U V^T`` (Khodak et al., 2021), one of the matrix factorizations of the paper's Table 1.
+    """
+    check_kernel(kernel)
+    if len(kernel.factors) != 2 or any(factor is None for factor in kernel.factors):
+        raise ValueError(
+            f"kernel has {len(kernel.factors)} modes, of which {sum(factor is None for factor in kernel.factors)} are whole: "
+            "expected a matrix (n_1, n_2), both modes with factors"
+        )
+    wide = jnp.promote_types(kernel.core.dtype, jnp.float32)  # there is no SVD of 16 bits
+    p, values, qt = jnp.linalg.svd(kernel.core.astype(wide), full_matrices=False)
+    shares = jnp.sqrt(values)
+    return CPTensor(
+        tuple(
+            (jnp.asarray(factor).astype(wide) @ vectors * shares).astype(kernel.core.dtype)
+            for factor, vectors in zip(kernel.factors, (p, qt.T))
+        )
+    )
 
 
 def _reduce(window: tuple[int, ...], geometry: Geometry, precision: Any, x: Array, matrix: Array) -> Array:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from tdlrt_jax.arguments import check_callable
 from tdlrt_jax.baselines.cp import CPTensor, cp_als, cp_conv, cp_normal, cp_rank, cp_spectral
-from tdlrt_jax.baselines.matrix import matrix_conv
+from tdlrt_jax.baselines.matrix import matrix_conv, two_factors
 from tdlrt_jax.conv.geometry import PaddingLike
 from tdlrt_jax.initialization import Rank, drawn, initial_kernel
 from tdlrt_jax.nn.layers import (
@@ -101,7 +101,8 @@ class _Convolution(nnx.Module):
 class MatrixConv(_Convolution):
     """A convolution whose kernel is kept as a low-rank matrix ``(prod(kernel_size) * in, out)``.
 
-    Trained with :func:`tdlrt_jax.nn.tdlrt` it is a layer of matrix DLRT; with plain gradients, of the matrix-factorized network.
+    Trained with :func:`tdlrt_jax.nn.tdlrt` it is a layer of matrix DLRT; without a core and with plain gradients, of the
+    matrix-factorized network.
 
     Args:
       in_features, out_features, kernel_size, strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision,
@@ -109,6 +110,8 @@ class MatrixConv(_Convolution):
         fan-in.
       rank: ``None`` for full rank; an int (count) or a float (fraction of the mode's size), the smaller mode decides.
       initialization: as in :class:`tdlrt_jax.nn.TuckerConv`.
+      core: ``False`` for two factors ``A B^T`` with evenly shared singular values, a
+        :class:`tdlrt_jax.baselines.CPTensor`, in the place of ``U_1 C U_2^T``. Integrators need the core.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,17 +125,22 @@ class MatrixConv(_Convolution):
         *arguments: Any,
         rank: Rank = None,
         initialization: str | Callable[..., TuckerTensor] = "dense",
+        core: bool = True,
         **options: Any,
     ):
+        if not isinstance(core, bool):
+            raise ValueError(f"core={core!r}: expected True, or False for two factors alone")
+        self.core = core
         super().__init__(*arguments, rank=rank, initialization=initialization, **options)
 
     def _draw(
         self, key: Array, shape: tuple[int, ...], rank: Any, initialization: Any, kernel_init: Callable[..., Any]
-    ) -> TuckerTensor:
+    ) -> TuckerTensor | CPTensor:
         matrix = (math.prod(shape[:-1]), shape[-1])
-        return initial_kernel(
+        kernel = initial_kernel(
             key, matrix, rank, initialization=initialization, kernel_init=kernel_init, dtype=self.param_dtype
         )
+        return kernel if self.core else two_factors(kernel)
 
     def _apply(self, inputs: Array, kernel: Any, **options: Any) -> Array:
         return matrix_conv(inputs, kernel, self.kernel_size, **options)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import tdlrt_jax
-from tdlrt_jax.baselines import matrix_conv
+from tdlrt_jax.baselines import CPTensor, matrix_conv, two_factors
 from tdlrt_jax.conv import tucker_conv
 from tests.helpers import random_kernel
 
@@ -37,6 +37,26 @@ def test_it_is_the_convolution_by_the_dense_kernel(case):
     expected = dense(tdlrt_jax.to_dense(kernel), x, window, options)
     np.testing.assert_allclose(matrix_conv(x, kernel, window, **options), expected, atol=1e-12)
     np.testing.assert_allclose(matrix_conv(x, tdlrt_jax.lift(kernel), window, **options), expected, atol=1e-12)
+
+
+def test_two_factors_are_the_same_matrix_with_evenly_shared_singular_values(case):
+    """As a convolution too, whose gradients are those through the dense kernel."""
+    kernel, window, options, x = case
+    first, last = two_factors(kernel).factors
+    matrix = tdlrt_jax.to_dense(kernel)
+    np.testing.assert_allclose(first @ last.T, matrix, atol=1e-12)
+    values = np.linalg.svd(matrix, compute_uv=False)[: first.shape[1]]
+    for factor in (first, last):
+        np.testing.assert_allclose(factor.T @ factor, np.diag(values), atol=1e-12)
+
+    def ours(x, factors):
+        return jnp.sum(jnp.sin(matrix_conv(x, CPTensor(factors), window, **options)))
+
+    def oracle(x, factors):
+        return jnp.sum(jnp.sin(dense(factors[0] @ factors[1].T, x, window, options)))
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1))(x, (first, last)) for f in (ours, oracle))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
 def test_one_pass_gives_the_gradients_of_theorem_1(case):

@@ -179,7 +179,7 @@ NN = {
         *each(lambda v: nn.conv_batch_norm(LAYER, NORM, v), "inputs", (jnp.ones((2, 5, 5, 3)), jnp.ones(4), None, "x")),
     ],
     "nn.CPConv": of_layer(nn.CPConv, {**WINDOW, "rank": (0, -1, 1.5, "x", NAN, None)}),
-    "nn.MatrixConv": of_layer(nn.MatrixConv, WINDOW),
+    "nn.MatrixConv": of_layer(nn.MatrixConv, {**WINDOW, "core": (None, 1, "x")}),
     "nn.tdlrt": [
         (lambda: nn.tdlrt(3, tolerance=0.1), "inner"),
         (lambda: nn.tdlrt(optax.sgd(0.1), tolerance=2.0), "tolerance"),
@@ -274,6 +274,7 @@ BASELINES = {
         *each(lambda v: baselines.matrix_conv(X, FLAT, v), "window", (3, (3, 4), (3, "x"), None)),
     ],
     "baselines.balance": each(baselines.balance, "kernel", (None, DENSE)),
+    "baselines.two_factors": each(baselines.two_factors, "kernel", (None, DENSE, KERNEL)),
     "baselines.masks_from_scores": [
         *each(lambda v: baselines.masks_from_scores(WEIGHTS, v), "density", (0, 1.5, NAN, "x", None)),
         (lambda: baselines.masks_from_scores({}, 0.5), "scores"),

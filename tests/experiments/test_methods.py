@@ -16,7 +16,7 @@ from experiments.run import data, plots
 from experiments.run.build import build_model, is_pruned, kinds_of
 from experiments.run.display import Display
 from experiments.run.metrics import layers, totals
-from tdlrt_jax.baselines import CPTensor, cp_to_dense
+from tdlrt_jax.baselines import CPTensor, cp_to_dense, is_cp
 from tdlrt_jax.tucker import is_tucker, to_dense
 from tests.experiments.jobs import interrupt_after, lines, numbers, saved_arrays
 
@@ -157,6 +157,24 @@ def test_no_mode_starts_below_the_least_rank(digits, spatial):
     model = build_model(sized, digits, 0)
     found = totals(layers(nnx.as_pure(nnx.state(model, nnx.Param)), kinds_of(model))).conv_compression
     assert 0.9 <= found < 0.93 and min(model.conv2.kernel.get_value().core.shape[2:]) >= 4
+
+
+def test_matrices_have_two_factors_and_no_rank_below_the_least(digits):
+    model = build_model(ModelConfig(method="matrix", rank=0.1, least_rank=4), digits, 0)
+    kernels = [layer.kernel.get_value() for layer in (model.conv1, model.conv2)]
+    assert all(map(is_cp, kernels))
+    assert [[factor.shape for factor in kernel.factors] for kernel in kernels] == [
+        [(25, 4), (20, 4)],
+        [(500, 5), (50, 5)],
+    ]
+
+
+def test_cp_has_no_fewer_terms_than_the_least(digits):
+    terms = [
+        [layer.kernel.get_value().factors[0].shape[1] for layer in (model.conv1, model.conv2)]
+        for model in (build_model(ModelConfig(method="cp", rank=0.01, least_rank=n), digits, 0) for n in (1, 3))
+    ]
+    assert terms[0][0] == 1 < terms[0][1] and terms[1] == [3, max(3, terms[0][1])]
 
 
 def test_a_compression_out_of_reach_is_told(digits):

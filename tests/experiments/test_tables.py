@@ -84,8 +84,8 @@ def test_what_was_shrunk_is_said_from_the_options(tmp_path):
     put(tmp_path, "vgg16/imp", 0.8, **small, rounds=2)
     text = table1.render(tmp_path)[0].read_text()
     assert (
-        "Other than the protocol: limit 10000 instead of none, epochs 10 instead of 70, width 0.25 instead of 1.0, "
-        "rounds 2 instead of 4 (IMP on VGG16)." in text
+        "Other than the protocol: limit 10000 instead of none, epochs 10 instead of 70, width 0.25 instead of 1.0; "
+        "rounds 2 instead of 4 (IMP)." in text
     )
     assert "1,280 training and 100 test images; seed 0." in text
 
@@ -112,7 +112,7 @@ def test_normalized_kernels_have_a_table_of_their_own(tmp_path):
     assert line_of(third, "| TDLRT |")[1] == "70.00" and line_of(third, "| Tucker-factorized |")[1] == "60.00"
     assert "CP-factorized" not in third
     assert "| VGG16 | Tucker-factorized (normalized) |" in text
-    assert "Other than the protocol: rank 16 instead of 0.5 (TDLRT, normalized, on VGG16)." in text
+    assert "Other than the protocol: rank 16 instead of 0.5 (TDLRT normalized)." in text
 
 
 def test_costs(tmp_path):
@@ -183,8 +183,10 @@ def test_small_parts():
     assert options_of({"options": {"epochs": 3, "run_dir": "/a"}}) == {
         name: 3 if name == "epochs" else value for name, value in TrainConfig().to_json().items() if name not in places
     }
-    assert shrunk({"a": ({"x": 1}, {"x": 1})}) == "All as the protocol says."
-    assert shrunk({"a": ({"x": 1}, {"x": 2}), "b": ({"x": 2}, {"x": 2})}).endswith("x 1 instead of 2 (a).")
+    assert shrunk({("a", "net"): ({"x": 1}, {"x": 1})}) == "All as the protocol says."
+    assert shrunk({("a", "net"): ({"x": 1}, {"x": 2}), ("b", "net"): ({"x": 2}, {"x": 2})}).endswith(
+        "x 1 instead of 2 (a)."
+    )
     sources = Sources()
     assert sources.of([{}, {}]) == "a" and sources.of([{"commit": "c"}, {}]) == "b, a"
     assert sources.text() == "- a: unknown hardware; no commit, jax ?\n- b: unknown hardware; commit c, jax ?"

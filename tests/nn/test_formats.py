@@ -24,11 +24,14 @@ def twin(layer, kernel, **options):
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
-@pytest.mark.parametrize("kind", ["matrix", "cp"])
+@pytest.mark.parametrize("kind", ["matrix", "two factors", "cp"])
 def test_a_layer_computes_what_its_dense_twin_does(kind, options):
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 4))
     bias = lambda key, shape, dtype: jax.random.normal(key, shape, dtype)  # noqa: E731
-    if kind == "matrix":
+    if kind == "two factors":
+        layer = MatrixConv(4, 6, (3, 2), rank=3, core=False, bias_init=bias, rngs=nnx.Rngs(0), **options)
+        kernel = cp_to_dense(layer.kernel.get_value()).reshape(3, 2, 4, 6)
+    elif kind == "matrix":
         layer = MatrixConv(4, 6, (3, 2), rank=3, bias_init=bias, rngs=nnx.Rngs(0), **options)
         kernel = tdlrt_jax.to_dense(layer.kernel.get_value()).reshape(3, 2, 4, 6)
     else:
@@ -42,6 +45,8 @@ def test_sizes_and_norms_at_the_start():
     kernel = matrix.kernel.get_value()
     assert kernel.core.shape == (8, 8) and kernel.factors[0].shape == (144, 8)
     assert float(jnp.linalg.norm(kernel.core)) == pytest.approx(np.sqrt(32), rel=0.1)
+    halves = MatrixConv(16, 32, (3, 3), rank=0.25, core=False, use_bias=False, rngs=nnx.Rngs(0)).kernel.get_value()
+    np.testing.assert_allclose(cp_to_dense(halves), tdlrt_jax.to_dense(kernel), atol=1e-6)
     cp = CPConv(16, 32, (3, 3), rank=40, use_bias=False, rngs=nnx.Rngs(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(cp, nnx.Param))) == 40 * (3 + 3 + 16 + 32)
     assert float(jnp.linalg.norm(cp_to_dense(cp.kernel.get_value()))) == pytest.approx(np.sqrt(32), rel=0.5)
