@@ -53,6 +53,29 @@ def test_after_a_step_that_is_not_finite_nothing_moves(small):
     assert compiled.compilations == 1
 
 
+def test_evaluation_is_by_running_averages(rng):
+    """So no image's logits depend on those beside it, and what was trained is not changed."""
+    images = data.Images(rng.integers(0, 256, (7, 32, 32, 3), np.uint8), np.arange(7, dtype=np.int32))
+    dataset = data.Dataset("none", images, None, images, 10, np.full(3, 0.4), np.full(3, 0.2), "none")
+    model = build_model(ModelConfig(model="alexnet", width=1 / 16, method="dense"), dataset, 0)
+    train, transform = batches.to_device(images), batches.transform_of(dataset, crop=False, flip=False)
+    compiled, state = programs.build_programs(
+        model, build_descent(OptimizerConfig(), 1), transform, seed=0, adaptive=False
+    )
+    order = jnp.arange(7)[None]
+    for step in range(3):
+        state, _ = compiled.train(state, train, order, jnp.int32(step), jnp.int32(0))
+    loss, accuracy = compiled.evaluate(state, train)
+    nnx.update(model, state.params, state.model_state)
+    model.eval()
+    x = (images.images / 255 - dataset.mean) / dataset.std
+    logits = jnp.concatenate([model(jnp.asarray(x[n : n + 1], jnp.float32)) for n in range(7)])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(images.labels)).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert accuracy == pytest.approx(float((logits.argmax(1) == images.labels).mean()))
+    assert compiled.evaluate(state, train) == (loss, accuracy)
+
+
 def test_programs_of_other_array_sizes_leave_nothing_behind(small):
     """Traces are dropped, the last two programs kept; training and evaluation go on as before."""
     images, transform = small

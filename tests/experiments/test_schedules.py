@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import from_json
 from experiments.options import OptimizerConfig, TdlrtConfig
+from experiments.run import data
 from experiments.run.build import after_epoch, build_descent, build_optimizer, learning_rate
 from tests.experiments.jobs import TUCKER, lines, run
 
@@ -51,6 +52,25 @@ def test_a_run_lowers_its_rate_by_the_validation_loss(tmp_path, method):
     assert run(*options, "--run-dir", tmp_path / "run") == 0
     rates = [record["learning_rate"] for record in lines(tmp_path / "run")]
     np.testing.assert_allclose(rates, [1e-7, 1e-7, 1e-8, 1e-9], rtol=1e-5)
+
+
+def test_a_run_does_not_look_at_test_images(tmp_path, monkeypatch):
+    """With other labels their loss rises in every epoch, and the rate stays: the validation loss falls."""
+    load = data.load
+
+    def mislabelled(*arguments, **options):
+        dataset = load(*arguments, **options)
+        test = dataset.test._replace(labels=(dataset.test.labels + 1) % dataset.classes)
+        return dataset._replace(test=test)
+
+    monkeypatch.setattr(data, "load", mislabelled)
+    options = [*TUCKER, "--method", "dense", "--schedule", "plateau", "--plateau-of", "validation", "--patience", "1"]
+    options += ["--learning-rate", "0.005", "--epochs", "4"]
+    assert run(*options, "--run-dir", tmp_path / "run") == 0
+    records = lines(tmp_path / "run")
+    test, validation = ([record[f"{of}_loss"] for record in records] for of in ("test", "validation"))
+    assert np.all(np.diff(test) > 0) and np.all(np.diff(validation) < 0), (test, validation)
+    assert len({record["learning_rate"] for record in records}) == 1
 
 
 @pytest.mark.parametrize("plateau_of", ["training", "validation"])
