@@ -127,15 +127,30 @@ def cp_conv(
     pads = [(0, 0, 0), *[(*pad, 0) for pad in geometry.padding], (0, 0, 0)]
     y = lax.pad(y, jnp.zeros((), y.dtype), pads)
     for axis, factor in enumerate(windows, start=1):
-        stride, step, n = geometry.strides[axis - 1], geometry.dilation[axis - 1], size[axis - 1]
-        # Without output pixels the window may lie outside of the image altogether.
-        starts = [o * step if n else 0 for o in range(factor.shape[0])]
-        shifted = [
-            lax.slice_in_dim(y, start, start + max(n - 1, 0) * stride + min(n, 1), stride, axis) for start in starts
-        ]
-        y = sum(part * row.astype(y.dtype) for part, row in zip(shifted, factor))
+        y = _along(
+            y, factor.astype(y.dtype), axis, size[axis - 1], geometry.strides[axis - 1], geometry.dilation[axis - 1]
+        )
     y = jnp.matmul(y, last.T.astype(y.dtype), precision=precision)
     return y.reshape(*lead, *y.shape[1:])
+
+
+def _along(y: Array, factor: Array, axis: int, size: int, stride: int, dilation: int) -> Array:
+    """Each channel's convolution along one axis by its own window, a column of ``factor``.
+
+    One entry of the windows after the other, so that what they look at is neither there at once nor kept for the way back.
+    """
+    shape = [*y.shape[:axis], size, *y.shape[axis + 1 :]]
+    if size == 0:  # the window may lie outside of the image altogether
+        return jnp.zeros(shape, y.dtype)
+    length = (size - 1) * stride + 1
+
+    @jax.checkpoint
+    def add(total: Array, entry: tuple[Array, Array]) -> tuple[Array, None]:
+        start, row = entry
+        part = lax.dynamic_slice_in_dim(y, start, length, axis)
+        return total + lax.slice_in_dim(part, 0, length, stride, axis) * row, None
+
+    return lax.scan(add, jnp.zeros(shape, y.dtype), (dilation * jnp.arange(factor.shape[0]), factor))[0]
 
 
 def cp_normal(

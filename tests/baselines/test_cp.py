@@ -100,6 +100,18 @@ def test_a_decay_that_is_none_is_refused():
         cp_spectral(jax.random.key(0), (3, 3), 2, decay=1.5, norm=1.0)
 
 
+def test_memory_does_not_grow_with_the_window():
+    """What the entries of a window look at is not there at once, for gradients neither."""
+
+    def temporaries(window):
+        kernel = CPTensor(tuple(jnp.ones((n, 16)) for n in (window, window, 4, 8)))
+        grad = jax.jit(jax.grad(lambda x, kernel: jnp.sum(cp_conv(x, kernel) ** 2), argnums=(0, 1)))
+        compiled = grad.lower(jnp.ones((8, 32, 32, 4)), kernel).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(11) < 2 * temporaries(3)
+
+
 def test_a_window_that_lies_outside_of_the_image():
     kernel = cp_normal(jax.random.key(0), (3, 3, 4, 5), 2, norm=1.0)
     assert cp_conv(jnp.ones((2, 2, 3, 4)), kernel, padding="VALID", dilation=2).shape == (2, 0, 0, 5)
