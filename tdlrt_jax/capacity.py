@@ -22,6 +22,7 @@ from tdlrt_jax.arguments import (
     check_number,
     shown,
 )
+from tdlrt_jax.optimizer import TdlrtState
 from tdlrt_jax.paths import kernel_paths, kernels_in_parts, path_name
 from tdlrt_jax.ranks import max_capacity
 from tdlrt_jax.truncation import truncate
@@ -58,6 +59,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
       tree: a kernel, or any pytree with kernels in it. Host side, concrete values.
       capacity: for every kernel, one number for all modes or one a mode, both lowered to what is useful
         (``R_i <= prod_{j != i} R_j``); or a mapping from kernel paths to these, in which kernels that are not named keep theirs.
+        Of a state of :func:`tdlrt_jax.tdlrt` they are the paths in the parameters, and may be of kernels without moments.
 
     Returns:
       The tree with resized kernels. Whole modes stay.
@@ -76,6 +78,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_tucker)
     check_concrete("tree", [node for _, node in leaves if is_tucker(node)])
     names = [path_name(path) for path, node in leaves if is_tucker(node)]
+    kernels = _kernel_paths(tree) or names
     if parts := kernels_in_parts(tree):
         raise ValueError(
             f"tree has the parts of the kernel {next(iter(parts))!r}, core and factors, by themselves: expected a TuckerTensor "
@@ -86,7 +89,7 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
             capacity = capacity["kernel"]  # the parameters are one kernel, whose empty path ends every other
         else:
             for key in capacity:
-                if names and not any(_ends(name, key) for name in names):
+                if names and not any(_ends(name, key) for name in [*names, *kernels]):
                     raise ValueError(f"capacity names {key!r}, which ends no kernel's path; the paths are {names}")
     elif isinstance(capacity, str) or not isinstance(capacity, int | np.integer | Sequence | np.ndarray):
         raise ValueError(
@@ -94,24 +97,41 @@ def resize(tree: Any, capacity: Capacity | Mapping[str, Capacity]) -> Any:
         )
 
     def resize_node(path: tuple, node: Any) -> Any:
-        if not is_tucker(node) or any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(node)):
+        arrays = jax.tree.leaves(node)  # there are none of another label's parameters, in a partition
+        if not is_tucker(node) or not arrays or any(jnp.ndim(leaf) == 0 for leaf in arrays):
             return node
-        wanted = _wanted(path_name(path), capacity)
+        wanted = _wanted(path_name(path), capacity, kernels)
         return node if wanted is None else _resize_kernel(path_name(path), node, wanted)
 
     return jax.tree_util.tree_map_with_path(resize_node, tree, is_leaf=is_tucker)
 
 
 def _ends(name: str, key: str) -> bool:
-    name, key = name.removesuffix("/value"), key.removesuffix("/value")  # of a flax Variable
+    name, key = _plain(name), _plain(key)
     return name == key or name.endswith("/" + key)
 
 
-def _wanted(name: str, wanted: Capacity | Mapping[str, Capacity]) -> Capacity | None:
-    """What is asked for a kernel: by the longest key that ends its path, for a mapping."""
+def _plain(name: str) -> str:
+    return name.removesuffix("/value")  # of a flax Variable
+
+
+def _kernel_paths(tree: Any) -> list[str]:
+    """Of the parameters whose moments a tree has, as far as states of tdlrt in it say so."""
+    states = [node for node in jax.tree.leaves(tree, is_leaf=_has_ranks) if _has_ranks(node)]
+    return [name for state in states for name in state.rank]
+
+
+def _has_ranks(node: Any) -> bool:
+    return isinstance(node, TdlrtState)
+
+
+def _wanted(name: str, wanted: Capacity | Mapping[str, Capacity], kernels: Sequence[str]) -> Capacity | None:
+    """What is asked for a kernel or a moment: for a mapping by the key that is the kernel's path, or the longest that ends it."""
     if not isinstance(wanted, Mapping):
         return wanted
-    fits = [key for key in wanted if _ends(name, key)]
+    own = max((kernel for kernel in kernels if _ends(name, kernel)), key=len, default=name)
+    others = {_plain(kernel) for kernel in kernels} - {_plain(own)}
+    fits = [key for key in wanted if _ends(name, key) and _plain(key) not in others]
     return wanted[max(fits, key=len)] if fits else None
 
 

@@ -138,12 +138,12 @@ class RankControl:
                 frozen = step >= self.freeze_after
                 floor = jnp.where(frozen, rank, floor)
                 ceiling = jnp.where(frozen, rank, highest if ceiling is None else ceiling)
-            if found is None:  # what a budget asks for it asks of all kernels
+            own = self._rule(name).tolerance
+            if found is None or own is not None:  # what a budget asks for it asks of all kernels but those
                 # What does not move is not truncated: a layer that is frozen inside (optax.set_to_zero, stop_gradient) stays.
                 still = ~jnp.any(increment != 0)
                 floor = jnp.where(still, rank, floor)
                 ceiling = jnp.where(still, rank, highest if ceiling is None else ceiling)
-            own = self._rule(name).tolerance
             tau = (jnp.zeros_like(tolerance) if found else tolerance) if own is None else jnp.float32(own)
             policy = self.policy_of(name, kernel)
             # A new sketch every step: cores depend on the earlier ones, and a resumed run draws what it would have drawn.
@@ -191,8 +191,9 @@ class RankControl:
 
     def _weights(self, tree: KernelTree, plans: list[Plan], state: BudgetState) -> list[Array]:
         """What the loss has to do with a mode's energies, for every number that cutting them saves."""
+        found = sensitivity.known(state.sensitivity)
         return [
-            state.sensitivity.mean[name] / sensitivity.cost_per_rank(plan.shape, active_rank(kernel), plan.whole)
+            found[name] / sensitivity.cost_per_rank(plan.shape, active_rank(kernel), plan.whole)
             for name, kernel, plan in zip(tree.names, tree.kernels, plans)
         ]
 

@@ -186,6 +186,36 @@ def with_point(frame: Frame, point: TuckerTensor) -> Frame:
     return frame._replace(core=point.core, K=K, origin=chart_point(frame).factors)
 
 
+def around(frame: Frame, point: TuckerTensor) -> TuckerTensor:
+    """The kernel ``W(C, K_1..K_d)`` at any point of the chart, as a Tucker tensor: the rules for frames hold at their own alone.
+
+    Args:
+      frame: as :func:`lift` made it, or core-only.
+      point: ``(C, K)``, of which what lies in the ranges of the ``U_i`` is left out of ``K_i - U_i S_i``.
+
+    Returns:
+      A TuckerTensor of twice the ranks, ``[U_i, K_i - U_i S_i]``, whose factors are not orthonormal; of the same ranks for a
+      core-only frame.
+    """
+    if frame.K is None or frame.Q is None:
+        return TuckerTensor(point.core, frame.U)
+    core, factors = point.core, []
+    for u, k, start in zip(frame.U, point.factors, frame.K):
+        if u is None:
+            factors.append(None)
+            continue
+        step = k - start
+        outside = step - jnp.matmul(u, jnp.matmul(u.T, step, precision=HIGHEST), precision=HIGHEST)
+        factors.append(jnp.concatenate([u.astype(outside.dtype), outside], axis=1))
+    wide = jnp.pad(core, [(0, 0 if u is None else u.shape[1]) for u in frame.U])
+    for mode, q in enumerate(frame.Q):
+        if q is not None:
+            sides = [(0, 0 if u is None else u.shape[1]) for u in frame.U]
+            sides[mode] = (q.shape[mode], 0)
+            wide = wide + jnp.pad(q, sides)
+    return TuckerTensor(wide, tuple(factors))
+
+
 def in_chart(rule: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
     """``rule``, an identity of first order at one point of the chart, which is differentiated once more as ``definition`` is.
 

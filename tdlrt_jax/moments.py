@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from tdlrt_jax.arguments import check_mapping
 from tdlrt_jax.batching import map_batched
-from tdlrt_jax.frame import Frame
+from tdlrt_jax.frame import Frame, entries_in_use
 from tdlrt_jax.integrators import Augmented, Galerkin, Moved, unchanged
 from tdlrt_jax.paths import KernelTree, path_name
 from tdlrt_jax.transport import (
@@ -40,12 +41,17 @@ KNOWN_CLASSES: Mapping[str, Mapping[str, Kind]] = {
 }
 
 
+# Where an average of squares is compared with the square of the average, and may not be below it.
+_CENTERED = {"ScaleByRStdDevState": ("mu", "nu")}
+
+
 class Moment(NamedTuple):
     """A leaf of the optimizer's state (flattened with kernels as leaves) that mirrors a kernel."""
 
     position: int
     kernel: int
     kind: Kind
+    center: int | None = None  # position of the average whose square this one is not below
 
 
 def find_moments(
@@ -72,7 +78,7 @@ def find_moments(
     for name, kind in (fields or {}).items():
         if kind not in ("linear", "squared"):
             raise ValueError(f"moments[{name!r}]={kind!r} is unknown: expected 'linear' or 'squared'")
-    moments = []
+    moments, averages = [], {}
     for position, (path, node) in enumerate(jax.tree_util.tree_flatten_with_path(state, is_leaf=is_tucker)[0]):
         if not is_tucker(node):
             if others is not None:
@@ -106,7 +112,11 @@ def find_moments(
             raise ValueError(
                 f"{where} does not start constant: it looks like a copy of the parameters, which means nothing in other bases"
             )
-        moments.append(Moment(position, index, known[name]))
+        first, second = _CENTERED.get(_state_class(state, prefix), (None, None))
+        if name == first:
+            averages[prefix[:-1], index] = position
+        center = averages.get((prefix[:-1], index)) if name == second else None
+        moments.append(Moment(position, index, known[name], center))
     return moments
 
 
@@ -150,6 +160,10 @@ def _state_class(state: Any, prefix: tuple) -> str:
 
 def _constant(leaf: Any) -> bool:
     return isinstance(leaf, jax.core.Tracer) or leaf.size == 0 or bool(np.ptp(np.asarray(leaf)) == 0)
+
+
+def _not_below(square: Array, average: Array) -> Array:
+    return jnp.maximum(square, jnp.square(average.astype(square.dtype)))
 
 
 class NetworkMoments(NamedTuple):
@@ -208,7 +222,8 @@ class NetworkMoments(NamedTuple):
             # Where the bases turned before the core's step, its moment is in the new ones already.
             return carried if point.turns is None else carried._replace(core=last.core)
 
-        return self._map(after_last, carry, bases, points, [m.rotations for m in moved], frames, beside=after_first)
+        state = self._map(after_last, carry, bases, points, [m.rotations for m in moved], frames, beside=after_first)
+        return state if evaluations == 1 else self._with_scalars_of_factors(state, after_first)
 
     def turned(self, state: Any, frames: list[Frame], new_frames: list[Frame]) -> Any:
         """After a step in which bases turned at ranks that stay."""
@@ -248,6 +263,25 @@ class NetworkMoments(NamedTuple):
                 nodes[position] = nodes[position]._replace(factors=others[kind][position].factors)
         return jax.tree.unflatten(treedef, nodes)
 
+    def in_use(self, state: Any) -> Any:
+        """Zeros in the kernels' padding."""
+
+        def clear(kind: Kind, moment: TuckerTensor, kernel: TuckerTensor) -> TuckerTensor:
+            columns = [None if factor is None else active_columns(factor) for factor in kernel.factors]
+            factors = [None if exist is None else jnp.where(exist, f, 0) for exist, f in zip(columns, moment.factors)]
+            return TuckerTensor(jnp.where(entries_in_use(kernel.core.shape, columns), moment.core, 0), tuple(factors))
+
+        return self._map(state, clear, self.tree.kernels)
+
+    def _with_scalars_of_factors(self, state: Any, after_first: Any) -> Any:
+        """With the ``K_i``'s scalars, one an array, from the first update: in the second they see no gradient."""
+        nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
+        first = jax.tree.leaves(after_first, is_leaf=is_tucker)
+        for moment in find_moments(after_first, list(zip(self.tree.paths, self.tree.kernels)), self.fields):
+            if moment.kind == "scalar":
+                nodes[moment.position] = nodes[moment.position]._replace(factors=first[moment.position].factors)
+        return jax.tree.unflatten(treedef, nodes)
+
     def _found(self, state: Any) -> list[Moment]:
         """Those that a change of basis changes."""
         moments = find_moments(state, list(zip(self.tree.paths, self.tree.kernels)), self.fields)
@@ -277,4 +311,7 @@ class NetworkMoments(NamedTuple):
             # Averages may be kept in fewer bits than gradients (mu_dtype of optax.adam).
             kept = nodes[moment.position]
             nodes[moment.position] = jax.tree.map(lambda new, old: new.astype(old.dtype), result, kept)
+        for moment in moments:
+            if moment.center is not None:
+                nodes[moment.position] = jax.tree.map(_not_below, nodes[moment.position], nodes[moment.center])
         return jax.tree.unflatten(treedef, nodes)

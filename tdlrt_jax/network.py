@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from tdlrt_jax.batching import map_batched, map_light
-from tdlrt_jax.frame import Frame, chart_point, core_frame, entries_in_use, lift_all
+from tdlrt_jax.frame import Frame, around, chart_point, core_frame, entries_in_use, lift_all
 from tdlrt_jax.inspection import all_finite, look_other
 from tdlrt_jax.integrators import Augmented, Galerkin, Integrator, Moved, Truncation, augment_all, turn_all
 from tdlrt_jax.integrators import embed as embed_step
@@ -34,7 +34,7 @@ from tdlrt_jax.tucker import (
     rank_of,
 )
 
-__all__ = ["NetworkStep", "StepOutcome"]
+__all__ = ["NetworkStep", "StepOutcome", "check_extra"]
 
 ValueAndGrad = Callable[[Any], tuple[Any, Any]]
 
@@ -58,6 +58,16 @@ class StepOutcome(NamedTuple):
 # What limits the ranks of a step: from the Galerkin points and the cores' increments to one Truncation a kernel, and the
 # outcome's ``budget``.
 RankBounds = Callable[[list[Galerkin], list[Array]], tuple[list[Truncation], tuple[Any, Array] | None]]
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for functions other than ``value_fn``, which ``inner`` would call with coordinates of its own."""
+    for name, value in extra.items():
+        if callable(value) and name != "value_fn":
+            raise ValueError(
+                f"{name}={value!r} is a function, which inner would call with coordinates (C, K_i) in the place of kernels: "
+                "expected value_fn(params) -> value alone. What needs gradients elsewhere (sharpness-aware steps) is for the loss"
+            )
 
 
 class NetworkStep(NamedTuple):
@@ -202,12 +212,13 @@ class NetworkStep(NamedTuple):
         """
         kernels, before = self.tree.kernels, inner_state
         inner_state = floored = self._moments.of_cores(inner_state)
-        points = [_of_core(core_frame(kernel).core, kernel) for kernel in kernels]
+        frames = [core_frame(kernel) for kernel in kernels]
+        points = [_of_core(frame.core, kernel) for frame, kernel in zip(frames, kernels)]
         grads = [
             _of_core(grad.core.astype(point.core.dtype), kernel)
             for grad, point, kernel in zip(self.tree.pick(gradients), points, kernels)
         ]
-        nodes, inner_state = self._inner_update(gradients, grads, points, inner_state)
+        nodes, inner_state = self._inner_update(gradients, grads, points, inner_state, frames)
         nodes = self._masked(nodes)
         if hold:
             inner_state = self._moments.with_factors(inner_state, {"linear": before, "squared": floored})
@@ -236,17 +247,30 @@ class NetworkStep(NamedTuple):
             other=jnp.zeros((), bool),
         )
 
-    def _inner_update(self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any) -> tuple:
-        """The inner update at given chart points; the updates come back as nodes."""
-        grads = self.tree.replace(kernel_grads, gradients)
+    def _inner_update(
+        self, gradients: list[Any], kernel_grads: list[Any], points: list[Any], state: Any, frames: list[Frame]
+    ) -> tuple:
+        """The inner update at given points of the frames' charts; the updates come back as nodes."""
+        grads, extra = self.tree.replace(kernel_grads, gradients), dict(self.extra)
+        if "grad" in extra:  # line searches want the gradient beside what has become of it
+            extra["grad"] = grads
+        if value_fn := extra.get("value_fn"):
+
+            def value_at(params: Any) -> Any:
+                moved = flatten_kernels(params)
+                kernels = [around(frame, point) for frame, point in zip(frames, moved.kernels)]
+                return value_fn(self.tree.replace(kernels, moved.nodes))
+
+            extra["value_fn"] = value_at
         with jax.named_scope("tdlrt.optimizer"):
-            updates, state = self.inner.update(grads, state, self.tree.replace(points), **self.extra)
+            updates, state = self.inner.update(grads, state, self.tree.replace(points), **extra)
         return flatten_kernels(updates).nodes, state
 
     def _first_update(self, frames: list[Frame], gradients: list[Any], state: Any) -> tuple[list[Any], Any]:
         """Line 4: the inner update of ``(C, K_i)`` and all other leaves, from the first gradient."""
         projected = _projected(self.tree.pick(gradients), frames)
-        nodes, state = self._inner_update(gradients, projected, [chart_point(frame) for frame in frames], state)
+        points = [chart_point(frame) for frame in frames]
+        nodes, state = self._inner_update(gradients, projected, points, state, frames)
         return self._masked(nodes), state
 
     def _columns_in_use(self) -> list[tuple[ModeArray, ...]]:
@@ -278,7 +302,8 @@ class NetworkStep(NamedTuple):
         where both are of the same network. Leaves that are not kernels take the first
         gradient, so they move once. The ``K_i`` take no part: as zeros they add nothing to a norm.
         """
-        at = self.tree.replace([Frame(point.core, None, point.bases, None) for point in points])
+        frames = [Frame(point.core, None, point.bases, None) for point in points]
+        at = self.tree.replace(frames)
         with jax.named_scope("tdlrt.second_gradient"):
             _, grads = value_and_grad_fn(at)
         still = [jax.tree.map(jnp.zeros_like, kernel.factors) for kernel in self.tree.kernels]
@@ -288,7 +313,7 @@ class NetworkStep(NamedTuple):
         ]
         state = self._moments.at_galerkin_points(state, bases, points)
         at_points = [TuckerTensor(point.core, zeros) for point, zeros in zip(points, still)]
-        nodes, state = self._inner_update(gradients, core_grads, at_points, state)
+        nodes, state = self._inner_update(gradients, core_grads, at_points, state, frames)
         other = (
             look_other([basis.frame for basis in bases], self.tree.pick(gradients), core_grads)
             if same_network

@@ -24,8 +24,8 @@ from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import lift_all
 from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
-from tdlrt_jax.moments import find_moments
-from tdlrt_jax.network import NetworkStep, StepOutcome
+from tdlrt_jax.moments import NetworkMoments, find_moments
+from tdlrt_jax.network import NetworkStep, StepOutcome, check_extra
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.ranks import Convention, Criterion, RankPolicy, Route
 from tdlrt_jax.rules import parse_rules
@@ -102,7 +102,9 @@ def tdlrt(
       ranks_stay=False, **extra)``. ``grads`` are those of :func:`tdlrt_jax.value_and_grad`. ``"bug"`` and ``"fixed_rank"`` call
       ``value_and_grad_fn(params) -> (value, grads)`` once more, with core-only frames in the place of the kernels. With
       ``cores_only`` the bases stay and gradients of factors are not looked at, with ``ranks_stay`` they move and their ranks do
-      not, from ``grads`` alone, see :func:`tdlrt_jax.tdlrt_step`.
+      not, from ``grads`` alone, see :func:`tdlrt_jax.tdlrt_step`. ``inner`` gets what else it is given: a ``value_fn(params)``
+      (of line searches) is evaluated at the kernels to which it would step, a ``grad`` is the kernels' own; other functions of
+      parameters are refused.
       ``optax.apply_updates(params, updates)`` gives the next parameters. Where a gradient, the loss (if it is given, as
       ``value=``), or what would become of the parameters or the inner state is not finite, or where a kernel's factors are not
       orthonormal, parameters and state stay as they are, ``state.status`` says so and ``state.skipped`` counts: a limit on
@@ -153,6 +155,7 @@ def tdlrt(
         state = inner.init(tree.replace([_start(kernel) for kernel in tree.kernels]))
         others = tree.paths_of_others if tree.kernels else None
         find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True, others=others)
+        state = NetworkMoments(tree, moments).in_use(state)  # adagrad's start above zero
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
         tau, budget = control.initial(tree, params)
         return TdlrtState(
@@ -205,6 +208,7 @@ def tdlrt(
                 "init saw. For nnx.Optimizer, which hands out others, there is tdlrt_jax.nn.tdlrt"
             )
         tau = control.tolerance_at(state.step, state.tolerance)
+        check_extra(extra)
         network = NetworkStep(tree, inner, extra, moments)
         gradients = network.align(grads)
         finite = all_finite((gradients, extra.get("value")))

@@ -90,6 +90,18 @@ def average(before: Sensitivity, now: dict[str, Array]) -> Sensitivity:
     return Sensitivity({name: old + share * (now[name] - old) for name, old in before.mean.items()}, seen)
 
 
+def known(state: Sensitivity) -> dict[str, Array]:
+    """The means, and for kernels that no gradient has ever reached (``stop_gradient``) what is usual among the others.
+
+    Zeros would say that nothing of such a kernel matters.
+    """
+    reached = {name: jnp.any(mean > 0) for name, mean in state.mean.items()}
+    total = sum((jnp.where(reached[name], jnp.mean(mean), 0) for name, mean in state.mean.items()), jnp.zeros(()))
+    number = sum((of.astype(jnp.float32) for of in reached.values()), jnp.zeros(()))
+    usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
+    return {name: jnp.where(reached[name], mean, usual) for name, mean in state.mean.items()}
+
+
 def cost_per_rank(shape: Sequence[int], rank: Array, whole: Sequence[bool]) -> Array:
     """Numbers stored less where a rank falls by one and the others stay: ``n_i + prod_{j != i} r_j``, float32 ``(d,)``.
 

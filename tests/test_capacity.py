@@ -18,7 +18,7 @@ from tdlrt_jax import (
     to_dense,
     value_and_grad,
 )
-from tdlrt_jax.tucker import active_columns, parameter_count, unfold
+from tdlrt_jax.tucker import active_columns, is_tucker, parameter_count, unfold
 from tests import references
 from tests.helpers import dense64, orthonormality, random_kernel
 
@@ -279,3 +279,34 @@ def test_a_mapping_that_names_no_kernel_raises(rng):
         resize(params, {"v": 3})
     assert resize(params, {"w": 3})["w"].core.shape == (3, 3)
     assert resize(params["w"], {"kernel": 3}).core.shape == (3, 3)
+
+
+def test_a_key_that_is_a_kernels_path_stands_for_that_kernel_alone(rng):
+    """In the parameters, in a state of theirs, and in both together; one that only ends paths stands for all of these."""
+    params = {"w": random_kernel(rng, (6, 5), (2, 2), 5), "x": {"w": random_kernel(rng, (6, 5), (2, 2), 5)}}
+    state = tdlrt(optax.sgd(0.1, momentum=0.9), tolerance=0.1).init(params)
+    for tree in (params, state, (params, state)):
+        for key, expected in (("w", {"w": 2}), ("x/w", {"x": 2})):
+            kernels = jax.tree_util.tree_leaves_with_path(resize(tree, {key: 2}), is_leaf=is_tucker)
+            for path, kernel in kernels:
+                if is_tucker(kernel):
+                    nested = "x" if any(getattr(entry, "key", None) == "x" for entry in path) else "w"
+                    assert kernel.core.shape == ((2, 2) if nested in expected else (5, 5)), (key, path)
+    both = resize({"a": params["x"], "b": params["x"]}, {"w": 2})
+    assert [both[name]["w"].core.shape for name in "ab"] == [(2, 2)] * 2
+
+
+def test_kernels_without_moments_may_be_named(rng):
+    """A frozen layer of a partition, by a label a kernel or a leaf; its state follows the parameters all the same."""
+    params = {"old": random_kernel(rng, (8, 8), (3, 3), 8), "new": random_kernel(rng, (8, 8), (2, 2), 8)}
+    by_kernel = {"old": "frozen", "new": "trained"}
+    by_leaf = {name: jax.tree.map(lambda _, label=label: label, params[name]) for name, label in by_kernel.items()}
+    for labels in (by_kernel, by_leaf):
+        inner = optax.partition({"trained": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
+        state = resize(tdlrt(inner, tolerance=0.1).init(params), {"old": 3, "new": 2})
+        moments = [
+            node for node in jax.tree.leaves(state, is_leaf=is_tucker) if is_tucker(node) and jax.tree.leaves(node)
+        ]
+        assert [moment.core.shape for moment in moments] == [(2, 2)] * 2
+        with pytest.raises(ValueError, match="capacity names 'older', which ends no kernel's path"):
+            resize(state, {"older": 3})

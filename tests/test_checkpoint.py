@@ -366,3 +366,16 @@ def test_a_budget_of_an_earlier_version_looks_as_if_it_had_at_step_0(tmp_path, m
     restored, _ = checkpoint.restore(tmp_path, tx.init(params))
     assert int(restored.budget.look) == 0 and restored.budget.look.dtype == jnp.int32
     assert_equal(restored.budget.ceiling, state.budget.ceiling)
+
+
+def test_a_partition_by_labels_a_leaf_comes_back(tmp_path):
+    """Its parts hold kernels without arrays, of the other labels' parameters."""
+    rng = np.random.default_rng(0)
+    params = {"w": tdlrt_jax.hosvd(jnp.asarray(rng.normal(size=(8, 6)), jnp.float32), rank=3), "b": jnp.zeros(6)}
+    labels = jax.tree.map(lambda leaf: "matrices" if leaf.ndim > 1 else "vectors", params)
+    inner = optax.partition({"matrices": optax.sgd(0.1, momentum=0.9), "vectors": optax.adam(1e-2)}, labels)
+    for tx in (inner, tdlrt_jax.tdlrt(inner, tolerance=0.3)):
+        directory, tree = tmp_path / type(tx.init(params)).__name__, (params, tx.init(params))
+        checkpoint.save(directory, 1, tree)
+        restored, _ = checkpoint.restore(directory, tree)
+        jax.tree.map(np.testing.assert_array_equal, restored, tree)

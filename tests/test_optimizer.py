@@ -418,6 +418,84 @@ def test_a_kernel_that_is_frozen_inside_is_not_truncated(integrator, how):
     assert info.rank["body"].tolist() == [12, 12] and max(info.rank["head"].tolist()) < 6
 
 
+def test_a_frozen_kernel_with_a_tolerance_of_its_own_stays_under_a_budget():
+    rng = np.random.default_rng(0)
+    spectrum = np.diag(0.8 ** np.arange(12))
+    params = {
+        "body": hosvd(jnp.asarray(np.linalg.qr(rng.normal(size=(12, 12)))[0] @ spectrum, jnp.float32)),
+        "head": hosvd(jnp.asarray(rng.normal(size=(12, 6)) / 3, jnp.float32)),
+    }
+    x, y = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32), jnp.asarray(rng.normal(size=(9, 6)), jnp.float32)
+
+    def loss_fn(params):
+        return jnp.mean((tucker_linear(jnp.tanh(tucker_linear(x, params["body"])), params["head"]) - y) ** 2)
+
+    inner = optax.partition(
+        {"trained": optax.sgd(0.05), "frozen": optax.set_to_zero()}, {"body": "frozen", "head": "trained"}
+    )
+    tx = tdlrt(inner, tolerance=tdlrt_jax.Budget(0.1, 100), rules={"body": {"tolerance": 0.3}})
+    before, state = to_dense(params["body"]), tx.init(params)
+    step = tdlrt_jax.tdlrt_step(loss_fn, tx, donate=False)
+    for _ in range(3):
+        params, state, info = step(params, state)
+    np.testing.assert_allclose(to_dense(params["body"]), before, atol=1e-5)
+    assert info.rank["body"].tolist() == [12, 12]
+
+
+def test_a_budget_by_the_loss_does_not_take_what_no_gradient_reaches_for_worthless():
+    """It counts as the others do; taken for worthless, it would be left with one direction."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: hosvd(jnp.asarray(rng.normal(size=shape) * 0.8 ** np.arange(shape[1]), jnp.float32))  # noqa: E731
+    params = {"body": draw(12, 12), "middle": draw(12, 12), "head": draw(12, 6)}
+    x, y = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32), jnp.asarray(rng.normal(size=(9, 6)), jnp.float32)
+
+    def loss_fn(params):
+        hidden = jnp.tanh(tucker_linear(x, jax.lax.stop_gradient(params["body"])))
+        return jnp.mean((tucker_linear(jnp.tanh(tucker_linear(hidden, params["middle"])), params["head"]) - y) ** 2)
+
+    tx = tdlrt(optax.sgd(0.05), tolerance=tdlrt_jax.Budget(0.3, 4, every=1, importance="loss"))
+    state, step = tx.init(params), tdlrt_jax.tdlrt_step(loss_fn, tx, donate=False)
+    for _ in range(6):
+        params, state, info = step(params, state)
+    assert 3 <= int(info.rank["body"][0]) < 12 and int(info.rank["middle"][0]) < 12
+
+
+@pytest.mark.parametrize("inner", [lambda: optax.adagrad(0.1), lambda: optax.yogi(0.01)], ids=["adagrad", "yogi"])
+def test_state_that_starts_above_zero_has_none_of_it_in_the_padding(x64, inner):
+    """So the arrays may shrink before the first step, and their sizes change nothing."""
+    losses = []
+    for capacity, second in (((4, 3, 6), 5), ((3, 3, 5), 4)):
+        params, loss = regression(jnp.float64, capacity=capacity)
+        params["second"]["kernel"] = tdlrt_jax.resize(params["second"]["kernel"], second)
+        tx = tdlrt(inner(), tolerance=0.05, max_rank={"first": (3, 3, 5), "second": 4})
+        tdlrt_jax.resize(tx.init(params), tdlrt_jax.fit_capacity(params, multiple=1))
+        losses.append(train(params, loss, tx, 20)[2])
+    np.testing.assert_allclose(*losses, rtol=1e-9)
+
+
+@pytest.mark.parametrize("integrator", ["bug", "parallel"])
+def test_centered_second_moments_stay_above_the_square_of_the_first(x64, integrator):
+    """Or optax takes the root of a negative number, and the step is left out for ever."""
+    params, loss = regression(jnp.float64)
+    tx = tdlrt(optax.rmsprop(0.01, centered=True), tolerance=0.05, integrator=integrator)
+    _, state, losses, _ = train(params, loss, tx, 60)
+    assert int(state.skipped) == 0 and int(state.step) == 60
+    assert losses[-1] < losses[0]
+
+
+def test_scalars_of_the_bases_are_of_the_first_gradient():
+    """One an array, as novograd has them: in the second update of bug the bases see no gradient."""
+    params, loss = regression(jnp.float32)
+    grads = tdlrt_jax.value_and_grad(loss)(params)[1]
+    for integrator in ("bug", "parallel"):
+        tx = tdlrt(optax.novograd(0.01), tolerance=0.0, integrator=integrator)
+        state = train(params, loss, tx, 1)[1]
+        found = state.inner[0].nu["second"]["kernel"].factors
+        u = params["second"]["kernel"].factors
+        expected = [float(jnp.sum((dk - v @ (v.T @ dk)) ** 2)) for v, dk in zip(u, grads["second"]["kernel"].factors)]
+        np.testing.assert_allclose([float(nu) for nu in found], expected, rtol=1e-4)
+
+
 def test_labels_leaf_by_leaf_are_those_of_kernels():
     """The parts of the other label's kernels are none of this one's state."""
     params, loss = regression(jnp.float32)

@@ -67,7 +67,7 @@ def free_axes(tree: Any) -> dict[str, dict[int, int]]:
     """For every array of a Tucker kernel, by path, the axes whose length is a capacity, and the most that it can be."""
     free: dict[str, dict[int, int]] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tucker):
-        if is_tucker(node):
+        if is_tucker(node) and jax.tree.leaves(node):  # there are none of another label's parameters, in a partition
             order = len(node.factors)
             stacked = node.core.ndim - order
             modes = {stacked + mode: u.shape[-2] for mode, u in enumerate(node.factors) if u is not None and u.ndim > 1}
@@ -92,7 +92,8 @@ def kernel_ranks(tree: Any) -> dict[str, list[int]]:
         return is_tucker(node) or isinstance(node, TdlrtState)
 
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {path_name(path): np.asarray(active_rank(node)).tolist() for path, node in nodes if is_tucker(node)}
+    kernels = [(path, node) for path, node in nodes if is_tucker(node) and jax.tree.leaves(node)]
+    return {path_name(path): np.asarray(active_rank(node)).tolist() for path, node in kernels}
 
 
 def younger(tree: Any) -> set[str]:
