@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.options import (
     DataConfig,
@@ -17,7 +17,7 @@ from experiments.options import (
     TdlrtConfig,
 )
 
-__all__ = ["LOCATIONS", "TrainConfig", "changed_by_epochs", "from_json"]
+__all__ = ["LATER", "LOCATIONS", "TrainConfig", "changed_by_epochs", "from_json"]
 
 # Options that say where things are and how often they are saved, not what is computed: they may differ when a run is continued.
 LOCATIONS = (
@@ -32,6 +32,10 @@ LOCATIONS = (
     "process",
     "steps_at_once",
 )
+
+
+# Options that may be others from some step on, since they change nothing of the steps before: a run that goes on notes them.
+LATER = ("skip_nonfinite",)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class TrainConfig:
             raise ValueError(
                 f"--rewind-epochs {self.pruning.rewind_epochs}: expected fewer than the {self.optimizer.epochs} of --epochs"
             )
+
+    @property
+    def between(self) -> Literal["cores", "bases"] | None:
+        """What steps between two whole ones move, where the method has such."""
+        return self.tdlrt.between if self.model.parts.adaptive else None
 
     @property
     def epochs(self) -> int:

@@ -23,6 +23,7 @@ __all__ = [
 
 # Networks made for large images, whose hidden linear layers are left out by default.
 _WITH_HIDDEN = ("alexnet", "vgg16")
+_MOST = 2**31 - 1  # what JAX counts with
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
 
 
@@ -30,9 +31,11 @@ def _at_least(section: Any, name: str, low: float, *, strict: bool = False, high
     value = getattr(section, name)
     if value is None:
         return
-    if not (value > low if strict else value >= low) or not value <= high:
+    if isinstance(value, int) and math.isinf(high):
+        high = _MOST
+    if not (value > low if strict else value >= low) or not value <= high or math.isinf(value):
         bound = f"above {low:g}" if strict else f"at least {low:g}"
-        top = "" if math.isinf(high) else f" and at most {high:g}"
+        top = "" if math.isinf(high) else f" and at most {high:g}" if high != _MOST else f" and at most {high}"
         raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number {bound}{top}")
 
 
@@ -127,8 +130,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _is_one_of(self)
         _at_least(self, "rank", 0.0, strict=True)
-        for name in ("width", "gain"):
-            _at_least(self, name, 0.0, strict=True)
+        _at_least(self, "gain", 0.0, strict=True)
+        _at_least(self, "width", 0.0, strict=True, high=1000)
         _at_least(self, "least_rank", 1)
         _at_least(self, "norm_momentum", 0.0, high=0.9999)
         _at_least(self, "hidden_units", 0)

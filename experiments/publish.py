@@ -42,6 +42,9 @@ def without_locations(result: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Publishes one run; returns the exit code, 2 for arguments that are no finished run and no new file."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(argv) != 2 or argv[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
@@ -55,8 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     except RunDirectoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(target, without_locations(result))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(target, without_locations(result))
+    except OSError as error:
+        print(f"error: {target} cannot be written ({error.strerror}): name another file", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -81,14 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             print(f"error: {run.source} cannot be shown: {type(error).__name__}: {error}", file=sys.stderr)
             return 2
+        except OSError as error:
+            return _not_drawn(directory, error)
     if len(runs) > 1:
         console.print(comparison_table(runs))
         histories = {run.name: run.history for run in runs if run.history}
         if not arguments.no_plots and histories:
             directory = arguments.output or Path("runs") / "plots"
-            paths = plots.save_figure(plots.plot_comparison(histories), directory, "comparison")
+            try:
+                paths = plots.save_figure(plots.plot_comparison(histories), directory, "comparison")
+            except OSError as error:
+                return _not_drawn(directory, error)
             _say(console, f"comparison: {paths[0]}, {paths[1].name}")
     return 0
+
+
+def _not_drawn(directory: Path | None, error: OSError) -> int:
+    print(
+        f"error: plots cannot be written to {directory} ({error.strerror}): name another directory with --output, or leave them "
+        "out with --no-plots",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def load(path: Path) -> Run:

@@ -107,7 +107,7 @@ class _Step:
         self.order = epoch_order(config.run.seed, 0, len(loaded.train.labels), config.optimizer.batch_size)
         self.epoch, self.index = jnp.int32(0), 0
         self.every = config.tdlrt.adapt_every if config.model.parts.adaptive else 1
-        self.between = config.tdlrt.between if config.model.parts.adaptive else None
+        self.between = config.between
         self.accuracy = stored["final"]["test_accuracy"]
         self.compression = stored["final"]["compression_conv"]
 

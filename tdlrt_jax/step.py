@@ -109,6 +109,11 @@ def tdlrt_step(
         return (out[0], (None, out[1])) if has_aux else (out, (None, None))
 
     def step(params: Any, opt_state: Any, model_state: Any, *batch: Any) -> tuple:
+        if any(kind.__module__.startswith("flax.nnx") and kind.__name__ == "Module" for kind in type(params).__mro__):
+            raise ValueError(
+                f"params is the model {type(params).__name__}: expected a pytree of arrays. For models of flax.nnx and their "
+                "nnx.Optimizer there is tdlrt_jax.nn.tdlrt_step"
+            )
         first, how = gradients(with_state, params, model_state, batch)
         value = vetoed(first.loss, model_state, first.model_state)
         updates, after = tx.update(first.grads, opt_state, params, value=value, **how)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import LOCATIONS, TrainConfig, changed_by_epochs
+from experiments.config import LATER, LOCATIONS, TrainConfig, changed_by_epochs
 from experiments.run.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
 
 __all__ = ["RunDirectory", "RunDirectoryError", "distinct_names", "environment"]
 
+_LOCK = ".lock"
 _PACKAGES = ("tdlrt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 _PLACE = ("commit", "versions", "hardware", "settings")  # what numbers of a stretch of a run may depend on
 
@@ -35,8 +39,11 @@ class RunDirectory:
     ``tensorboard/``, ``plots/`` and, once the run is finished, ``result.json``.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, new: bool = False):
         self.path = path
+        self._new = new  # nobody named it: another name is as good
+        self._lock: int | None = None
+        self._made: list[Path] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -56,7 +63,7 @@ class RunDirectory:
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:
         """The directory that the options name, or a new one. Looks at nothing."""
-        return cls(config.run.run_dir or default_path(config))
+        return cls(config.run.run_dir) if config.run.run_dir else cls(default_path(config), new=True)
 
     @classmethod
     def open(cls, config: TrainConfig) -> RunDirectory:
@@ -67,29 +74,76 @@ class RunDirectory:
             options (another number of epochs apart, where that changes nothing of those before), or holds something else.
         """
         directory = cls.of(config)
-        stored = directory.config()
+        if not directory._new:
+            directory.check(config)
+        return directory
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises as :meth:`open` does."""
+        stored = self.config()
         if config.run.resume:
             if stored is None:
-                raise RunDirectoryError(f"--resume: there is no run in {directory.path} (no config.json)")
+                raise RunDirectoryError(f"--resume: there is no run in {self.path} (no config.json)")
             try:
-                check_links(directory.path)
+                check_links(self.path)
             except ValueError as error:
                 raise RunDirectoryError(str(error)) from None
-            directory._check_same(stored["options"], config, stored["command"])
+            self._check_same(stored["options"], config, stored["command"])
         elif stored is not None:
-            state = "a finished run" if directory.result() else "a run that is not finished"
+            state = "a finished run" if self.result() else "a run that is not finished"
             raise RunDirectoryError(
-                f"{directory.path} holds {state}: continue it with --resume, or name another --run-dir. Nothing was changed"
+                f"{self.path} holds {state}: continue it with --resume, or name another --run-dir. Nothing was changed"
             )
-        elif directory.path.exists() and not directory._is_empty():
-            raise RunDirectoryError(
-                f"{directory.path} exists and is not the directory of a run: name another --run-dir"
-            )
-        return directory
+        elif self.path.exists() and not self._is_empty():
+            raise RunDirectoryError(f"{self.path} exists and is not the directory of a run: name another --run-dir")
 
     def _is_empty(self) -> bool:
         """Whether there is nothing but what a run that was ended while it began may have left."""
-        return self.path.is_dir() and all(path.name.startswith(".config.json.") for path in self.path.iterdir())
+        return self.path.is_dir() and all(
+            path.name.startswith((".config.json.", _LOCK)) for path in self.path.iterdir()
+        )
+
+    def hold(self) -> None:
+        """Keeps other processes out until :meth:`release`, or the end of this one; makes the directory, if need be.
+
+        Raises:
+          RunDirectoryError: if another process is at work in it, or it cannot be written.
+        """
+        try:
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            if self._new:
+                self.path = _make_new(self.path)
+                self._made = [self.path, *[path for path in self._made if path in self.path.parents]]
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / _LOCK)
+        except BlockingIOError:
+            who = _read_text(self.path / _LOCK)
+            self._made = []
+            raise RunDirectoryError(
+                f"{self.path}: another process is at work there{who and f' ({who})'}: wait for its end, or name another "
+                "--run-dir. Nothing was changed"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise RunDirectoryError(
+                f"{self.path} cannot be written ({error.strerror}): name another directory with --run-dir, or make room there. "
+                "What is there stays"
+            ) from None
+
+    def release(self) -> None:
+        """Lets others in; of a run that never began nothing stays."""
+        if self._lock is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+        if not (self.path / "config.json").exists():
+            for path in self._made:
+                try:
+                    path.rmdir()
+                except OSError:  # others have put something there
+                    break
+        self._made = []
 
     def begin(self, options: dict[str, Any], environment: dict[str, Any]) -> None:
         """Makes the directory of a new run, with its ``config.json``.
@@ -121,14 +175,18 @@ class RunDirectory:
         stored = self.config() or {}
         changed: dict[str, Any] = {}
         before = [stored, *stored.get("continued", [])][-1]
-        if any(before.get(name) != environment[name] for name in _PLACE):
+        later = {name: options[name] for name in LATER if stored["options"].get(name, options[name]) != options[name]}
+        if later or any(before.get(name) != environment[name] for name in _PLACE):
             place = {name: environment[name] for name in (*_PLACE, "started")}
-            changed["continued"] = [*stored.get("continued", []), {"step": step, **place}]
+            note = {"options": later} if later else {}
+            changed["continued"] = [*stored.get("continued", []), {"step": step, **place, **note}]
+        if later:
+            changed["options"] = {**stored["options"], **later}
         epochs = stored["options"].get("epochs", options["epochs"])
         if options["epochs"] != epochs:
             words = [word for word in shlex.split(environment["command"]) if word != "--resume"]
             extended = {"epochs": epochs, "commit": environment["commit"], "started": environment["started"]}
-            changed["options"] = {**stored["options"], "epochs": options["epochs"]}
+            changed["options"] = {**stored["options"], **later, "epochs": options["epochs"]}
             changed["command"] = shlex.join(words)
             changed["extended"] = [*stored.get("extended", []), extended]
         if not changed:
@@ -228,7 +286,7 @@ class RunDirectory:
         stored = {**TrainConfig().to_json(), **stored}  # options younger than the run had their defaults
         given = config.to_json()
         names = [name for name in sorted(stored.keys() | given.keys()) if name not in LOCATIONS]
-        differing = [name for name in names if stored.get(name) != given.get(name)]
+        differing = [name for name in names if stored.get(name) != given.get(name) and name not in LATER]
         if differing == ["epochs"]:
             finished = given["epochs"] < stored["epochs"] and (self.path / "result.json").exists()
             reason = "it is finished" if finished else changed_by_epochs(config)
@@ -260,6 +318,51 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     if len(set(longer)) == len(longer):
         return longer
     return [f"{name} ({number})" for number, name in enumerate(longer, start=1)]
+
+
+def _make_new(path: Path) -> Path:
+    """A directory that was not there, of this name or, where there is one, of the next that is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            path = path.with_name(f"{path.name.removesuffix(f'_{number - 1}')}_{number}")
+    raise AssertionError
+
+
+def _lock(path: Path) -> int | None:
+    """Locks a file, made if need be and read by those who find it so; ``None`` where there are no locks (Windows, some shares).
+
+    Raises:
+      BlockingIOError: if another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+                os.truncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file
+            os.close(file)  # its holder has removed it in the meantime
+        except OSError as error:
+            os.close(file)
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return None
+            raise
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200]
+    except OSError:
+        return ""
 
 
 def default_path(config: TrainConfig) -> Path:

@@ -80,14 +80,14 @@ class Ending:
         if self.config.model.parts.adaptive:
             name = "tau" if self.config.tdlrt.budget is None else "budget"
             advice.append(f"a smaller --{name} (it was {getattr(self.config.tdlrt, name):g})")
-        advice.append(f"--skip-nonfinite (it was {options.skip_nonfinite})")
         what = f"the loss ({error.loss:g}) or a gradient is not finite"
         if error.status & NOT_ORTHONORMAL:
             what = "; ".join(tdlrt_jax.describe_status(error.status))
         self._say(
             f"Stopped in epoch {error.epoch}, step {error.step} of {self.steps_per_epoch}: {what}. "
             f"The last good state is saved in {self.directory.checkpoints}. "
-            f"Try, in another run directory: {', '.join(advice)}."
+            f"Try, in another run directory: {', '.join(advice)}. Or go on from there without such steps: the same command with "
+            f"--resume and a larger --skip-nonfinite (it was {options.skip_nonfinite})."
         )
         return Outcome(1, self.directory.path, None)
 

@@ -39,6 +39,13 @@ def run(config: TrainConfig, *, argv: list[str] | None = None, console: Console 
     console = console or Console(quiet=not devices.leads)
     argv = argv or []
     directory = _open(config, devices)
+    try:
+        return _run(directory, config, devices, console, argv)
+    finally:
+        directory.release()
+
+
+def _run(directory: RunDirectory, config: TrainConfig, devices: Devices, console: Console, argv: list[str]) -> Outcome:
     finished = _finished(directory, config, console)
     if finished is not None and not _asks_for_more(config, finished):
         console.print(f"{directory.path} is finished already: nothing to do", soft_wrap=True)
@@ -76,17 +83,42 @@ def _finished(directory: RunDirectory, config: TrainConfig, console: Console) ->
         return None
 
 
+def _check_again(directory: RunDirectory, config: TrainConfig) -> None:
+    """Another process may have been at work in it until it was held."""
+    try:
+        directory.check(config)
+    except RunDirectoryError:
+        directory.release()
+        raise
+
+
+def _is_done(directory: RunDirectory, config: TrainConfig) -> bool:
+    """Whether there is a result, whole, and no more is asked for."""
+    try:
+        result = directory.result()
+    except RunDirectoryError:
+        return False
+    return result is not None and not _asks_for_more(config, result)
+
+
 def _asks_for_more(config: TrainConfig, finished: dict[str, Any]) -> bool:
     """Whether the options ask for more epochs than a result has."""
     return bool(config.optimizer.epochs > finished.get("options", {}).get("epochs", config.optimizer.epochs))
 
 
 def _open(config: TrainConfig, devices: Devices) -> RunDirectory:
-    """The directory of the run, of whose state the first of several processes judges: the others may come late."""
+    """The directory of the run, of whose state the first of several processes judges: the others may come late.
+
+    That one holds it, but where there is nothing to do.
+    """
     problem: RunDirectoryError | None = None
     if devices.leads:
         try:
             directory = RunDirectory.open(config)
+            if config.run.run_dir is None or not _is_done(directory, config):
+                directory.hold()
+                if config.run.run_dir is not None:
+                    _check_again(directory, config)
         except RunDirectoryError as error:
             problem = error
     else:

@@ -40,8 +40,10 @@ def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Writes ``directory/name.png`` and ``.svg`` and returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
+    # The same figure is the same file: no date, and names of parts that are not drawn at random.
+    with matplotlib.rc_context({"svg.hashsalt": "tdlrt_jax"}):
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
 
 

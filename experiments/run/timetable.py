@@ -37,7 +37,7 @@ class Timetable:
         every = self.config.tdlrt.adapt_every
         whole = done % every == 0
         count = min(at_once, self.steps_per_epoch - done % self.steps_per_epoch)
-        if self.config.tdlrt.between is not None:
+        if self.config.between is not None:
             count = 1 if whole else min(count, every - done % every)
         for stop in (self.config.run.evaluate_every, self.config.run.save_every):
             count = count if stop is None else min(count, stop - done % stop)

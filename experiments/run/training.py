@@ -104,7 +104,7 @@ class Training:
                 transform,
                 seed=config.run.seed,
                 adaptive=self.adaptive,
-                between=config.tdlrt.between,
+                between=config.between,
                 devices=devices,
                 at_once=config.device.steps_at_once or (1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE),
             )

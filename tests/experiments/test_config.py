@@ -45,6 +45,13 @@ def test_help_lists_every_option_and_imports_nothing_slow():
         (["--model", "vgg16", "--dropout", "1"], r"--dropout 1.0: expected a rate in \[0, 1\)"),
         (["--model", "vgg16", "--windows", "small"], "--windows small: not of vgg16, expected --model alexnet"),
         (["--model", "vgg16", "--hidden-units", "-1"], "--hidden-units -1: expected a number at least 0"),
+        (["--freeze-epochs", "inf"], "--freeze-epochs inf: expected a number at least 0"),
+        (["--budget", "0.9", "--budget-epochs", "inf"], "--budget-epochs inf: expected a number above 0"),
+        (["--learning-rate", "inf"], "--learning-rate inf: expected a number above 0"),
+        (["--model", "vgg16", "--width", "1e9"], "--width 1000000000.0: expected a number above 0 and at most 1000"),
+        (["--warmup", "1000000000000"], "--warmup 1000000000000: expected a number at least 0 and at most 2147483647"),
+        (["--adapt-every", "100000000000"], "expected a number at least 1 and at most 2147483647"),
+        (["--spare", "100000000000"], "expected a number at least 0 and at most 2147483647"),
         (["--validation", "0.95"], "--validation 0.95: expected a number at least 0 and at most 0.9"),
         (["--momentum", "1"], "--momentum 1.0"),
         (

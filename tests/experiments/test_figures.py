@@ -11,6 +11,7 @@ from experiments.config import TrainConfig
 from experiments.figure2_robustness import curves, steps_to
 from experiments.grids.figures import Curves, Point, plot_rank_paths, plot_robustness, plot_tolerance, plot_tradeoff
 from experiments.grids.tables import Statistic
+from experiments.run.plots import plot_learning, save_figure
 
 
 def put(directory, run, accuracy, compression, *, epochs=None, layers=()):
@@ -143,3 +144,12 @@ def test_figure2_robustness_from_results(tmp_path):
     assert "| TDLRT | 2 | 50 ± 14 (2 of 2) | 60 ± 0 (2 of 2) | 60 (1 of 2) | 97.00 ± 1.41 | -10.0 ± 0.0 | a |" in text
     assert "| CP-factorized | 2 | — (0 of 2) |" in text and "Tucker" not in text
     assert "one every 20 steps. All as the protocol says." in text
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    for name in ("first", "second"):
+        save_figure(
+            plot_learning([{"epoch": n, "test_accuracy": 0.5, "train_loss": 1.0} for n in (1, 2)]), tmp_path / name, "a"
+        )
+    for suffix in ("png", "svg"):
+        assert (tmp_path / "first" / f"a.{suffix}").read_bytes() == (tmp_path / "second" / f"a.{suffix}").read_bytes()

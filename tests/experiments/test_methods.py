@@ -283,3 +283,12 @@ def test_alexnets_windows_are_built_as_asked_for():
     for options, expected in (({}, (11, 5)), ({"windows": "small"}, (3, 3))):
         network = build_model(ModelConfig(model="alexnet", width=1 / 32, method="dense", **options), dataset, 0)
         assert tuple(conv.kernel_size[0] for conv in network.convs) == (*expected, 3, 3, 3)
+
+
+@pytest.mark.parametrize(("method", "between"), [("dense", "cores"), ("tucker", "bases"), ("snip", "cores")])
+def test_steps_between_whole_ones_are_nothing_to_methods_without_them(method, between, tmp_path, no_plots):
+    """So a run's dense twin has the same options but the method."""
+    assert run(method, tmp_path / "with", "--adapt-every", "2", f"--{between}-between") == 0
+    assert run(method, tmp_path / "without") == 0
+    found, expected = (lines(tmp_path / name) for name in ("with", "without"))
+    assert [numbers(record) for record in found] == [numbers(record) for record in expected]

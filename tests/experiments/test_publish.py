@@ -44,6 +44,13 @@ def test_what_cannot_be_published(tmp_path, capsys):
     assert publish.main([]) == 2
 
 
+def test_where_nothing_can_be_written(tmp_path, capsys):
+    result(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    assert publish.main([str(tmp_path / "run"), str(tmp_path / "file" / "a.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_options_come_back_from_json():
     config = from_json({"dataset": "cifar10", "data_dir": "/d", "model": "vgg16", "width": 0.5, "budget": 0.9})
     assert config.model.width == 0.5 and config.tdlrt.budget == 0.9 and str(config.data.data_dir) == "/d"

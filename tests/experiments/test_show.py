@@ -150,3 +150,14 @@ def test_what_is_no_run_ends_with_code_two(tmp_path, capsys):
     code, printed = shown(capsys, RESULTS)
     assert code == 2 and "is not the directory of a run (no config.json)" in printed.err
     assert "name its result files" in printed.err and "*.json" in printed.err
+
+
+def test_plots_that_cannot_be_written_are_told(run_directory, tmp_path, capsys):
+    """Of one run, and of several together; the tables are there."""
+    (tmp_path / "file").write_text("")
+    shutil.copytree(run_directory, tmp_path / "other")
+    for paths in ([run_directory], [run_directory, tmp_path / "other"]):
+        code, found = shown(capsys, *paths, "--output", tmp_path / "file")
+        assert code == 2
+        assert f"plots cannot be written to {tmp_path / 'file'}" in found.err and "--no-plots" in found.err
+        assert "Traceback" not in found.err and "whole network" in found.out

@@ -10,7 +10,9 @@ import pytest
 from experiments.options import OptimizerConfig
 from experiments.run import batches, programs
 from experiments.run.records import Sums
+from experiments.sealed import read_sealed
 from experiments.train import main
+from tests.experiments.jobs import numbers
 
 # Three steps an epoch.
 TINY = ["--limit", "48", "--batch-size", "16", "--epochs", "3", "--rank", "4", "--no-resize"]
@@ -69,6 +71,21 @@ def test_at_one_more_it_stops_with_the_last_good_state(tmp_path, bad_steps, caps
     assert metadata["sums"]["skipped"] == metadata["sums"]["skipped_in_a_row"] == 1
     assert run(*options, "--resume") == 1, "it meets the same step again"
     assert "Stopped in epoch 1, step 3 of 3" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_may_go_on_without_such_steps(tmp_path, bad_steps):
+    """It then is the run that had left them out from the start, and notes from where on it did."""
+    bad_steps += [(0, 1), (1, 2)]
+    dense = ["--method", "dense"]
+    assert run(*dense, "--skip-nonfinite", 1, "--run-dir", tmp_path / "whole") == 0
+    assert run(*dense, "--run-dir", tmp_path / "cut") == 1
+    assert run(*dense, "--run-dir", tmp_path / "cut", "--skip-nonfinite", 1, "--resume") == 0
+    whole, cut = (records(tmp_path / name) for name in ("whole", "cut"))
+    assert [numbers(record) for record in cut] == [numbers(record) for record in whole]
+    stored = read_sealed(tmp_path / "cut" / "config.json")
+    assert stored["options"]["skip_nonfinite"] == 1
+    (note,) = stored["continued"]
+    assert note["options"] == {"skip_nonfinite": 1} and note["step"] == 1
 
 
 def checkpoint_arrays(directory):

@@ -368,3 +368,12 @@ def test_the_transformation_for_plain_trees_is_named_in_an_nnx_optimizer():
     _, grads = tnn.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))(model, jnp.ones((3, 6)))
     with pytest.raises(ValueError, match=r"there is tdlrt_jax\.nn\.tdlrt"):
         optimizer.update(model, grads)
+
+
+def test_the_step_of_arrays_says_which_one_is_for_models():
+    model = Network(nnx.Rngs(0))
+    tx = tnn.tdlrt(optax.sgd(0.1), tolerance=0.1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = tdlrt_jax.tdlrt_step(lambda model, x: jnp.mean(model(x) ** 2), tx)
+    with pytest.raises(ValueError, match=r"params is the model Network: .*tdlrt_jax\.nn\.tdlrt_step"):
+        step(model, optimizer.opt_state, jnp.ones((2, 6, 6, 2)))
