@@ -94,7 +94,8 @@ def test_scales_and_sets_change_options_and_nothing_else(capsys):
             "tdlrt": adaptive | {"least_rank"},
             "matrix_dlrt": adaptive,
             "tucker": {"initialization", "least_rank"},
-            "matrix": {"initialization"},
+            "matrix": {"least_rank"},
+            "cp": {"least_rank"},
         }.get(one.options["method"], set())
         assert changed == expected
         assert after["width"] == (0.125 if one.options["model"] == "resnet18" else 0.25)
