@@ -199,7 +199,8 @@ def around(frame: Frame, point: TuckerTensor) -> TuckerTensor:
     """
     if frame.K is None or frame.Q is None:
         return TuckerTensor(point.core, frame.U)
-    core, factors = point.core, []
+    core = point.core
+    factors: list[ModeArray] = []
     for u, k, start in zip(frame.U, point.factors, frame.K):
         if u is None:
             factors.append(None)

@@ -258,9 +258,10 @@ class NetworkMoments(NamedTuple):
         """With those of the ``K_i`` that other states have, chosen by kind."""
         nodes, treedef = jax.tree.flatten(state, is_leaf=is_tucker)
         others = {kind: jax.tree.leaves(other, is_leaf=is_tucker) for kind, other in of.items()}
-        for position, _, kind in self._found(state):
-            if kind in others:
-                nodes[position] = nodes[position]._replace(factors=others[kind][position].factors)
+        for moment in self._found(state):
+            if moment.kind in others:
+                factors = others[moment.kind][moment.position].factors
+                nodes[moment.position] = nodes[moment.position]._replace(factors=factors)
         return jax.tree.unflatten(treedef, nodes)
 
     def in_use(self, state: Any) -> Any:
