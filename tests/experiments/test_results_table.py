@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import show, step_cost
+from experiments.methods import METHODS
 from experiments.results_table import markdown, rows
 from experiments.sealed import write_sealed
 
@@ -98,6 +99,19 @@ def test_the_results_page_shows_what_the_norm_of_initial_kernels_changes():
         accuracies = [f"{100 * last[f'{of}_accuracy']:.1f}" for of in ("train", "validation", "test")]
         line = f"| {networks[options['model']]} | {name} | {options['gain']:.3g} | {', '.join(lowered) or 'never'} | "
         assert line + f"{', '.join(accuracies)} |" in RESULTS_PAGE.read_text(), line
+
+
+def test_the_results_page_shows_how_figure_2_was_chosen():
+    found = sorted((RESULTS.parent / "figure2_choice").glob("*.json"))
+    assert len(found) == 12
+    for path in found:
+        result = json.loads(path.read_text())
+        options, last = result["options"], result["epochs"][-1]
+        tau = f"{options['tau']:g}" if options["method"] == "tdlrt" else ""
+        accuracies = ", ".join(f"{100 * last[f'{of}_accuracy']:.1f}" for of in ("train", "validation", "test"))
+        cells = [METHODS[options["method"]].title, tau, f"{options['learning_rate']:g}", accuracies]
+        line = f"| {' | '.join(cells)} | {100 * last['compression_conv']:.1f} |"
+        assert line in RESULTS_PAGE.read_text(), line
 
 
 def test_options_younger_than_a_result_make_no_other_row(tmp_path):
