@@ -199,6 +199,12 @@ def _main(grid: Grid, argv: list[str], command: Sequence[str], poll: float) -> i
             raise GridError(f"--{name} {value}: expected a number above 0")
     places = Places(given.runs / grid.name / given.scale, given.results or _results(grid, given.scale))
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    for name in ("only", "seeds", "dataset"):
+        if given.render and getattr(given, name) is not None:
+            raise GridError(
+                f"--{name} {getattr(given, name)} with --render, which shows all results that there are: leave it out, or name "
+                "other ones with --results"
+            )
     if given.render:
         return _render(grid, places, console)
     planned = grid.plan(given.scale, given.seeds, given.dataset)
