@@ -156,9 +156,9 @@ def test_rendering_needs_results(tmp_path, capsys):
     assert "holds no results yet" in capsys.readouterr().err
     put(tmp_path, "vgg16/cp", 0.5)
     assert main(table1.GRID, ["--render", "--results", str(tmp_path)]) == 0
+    assert "table1.tex" in capsys.readouterr().out
     assert main(table1.GRID, ["--render", "--results", str(tmp_path), "--dataset", "digits"]) == 2
     assert "--dataset digits with --render, which shows all results that there are" in capsys.readouterr().err
-    assert "table1.tex" in capsys.readouterr().out
 
 
 def test_statistics():
