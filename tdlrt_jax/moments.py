@@ -28,7 +28,7 @@ from tdlrt_jax.transport import (
 )
 from tdlrt_jax.tucker import ModeArray, TuckerTensor, active_columns, is_tucker
 
-__all__ = ["Moment", "NetworkMoments", "find_moments"]
+__all__ = ["Moment", "NetworkMoments", "find_moments", "start_above_zero"]
 
 # The fields in which optax's transformations keep averages of gradients or updates, and of their squares.
 KNOWN_FIELDS: Mapping[str, Kind] = {
@@ -118,6 +118,13 @@ def find_moments(
         center = averages.get((prefix[:-1], index)) if name == second else None
         moments.append(Moment(position, index, known[name], center))
     return moments
+
+
+def start_above_zero(state: Any, moments: Sequence[Moment]) -> bool:
+    """Whether any moment of an optimizer's first state may be other than zero; they are constant, see :func:`find_moments`."""
+    nodes = jax.tree.leaves(state, is_leaf=is_tucker)
+    leaves = [leaf for moment in moments if moment.kind != "scalar" for leaf in jax.tree.leaves(nodes[moment.position])]
+    return any(isinstance(leaf, jax.core.Tracer) or (leaf.size and np.asarray(leaf).flat[0] != 0) for leaf in leaves)
 
 
 def _owner(path: tuple, kernels: Sequence[tuple[tuple, TuckerTensor]]) -> int:

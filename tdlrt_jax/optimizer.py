@@ -24,7 +24,7 @@ from tdlrt_jax.control import Bounds, RankControl
 from tdlrt_jax.frame import lift_all
 from tdlrt_jax.inspection import ORTHONORMAL, adds_up, all_finite, largest_deviation, look_plain, stays_finite
 from tdlrt_jax.integrators import INTEGRATORS
-from tdlrt_jax.moments import NetworkMoments, find_moments
+from tdlrt_jax.moments import NetworkMoments, find_moments, start_above_zero
 from tdlrt_jax.network import NetworkStep, StepOutcome, check_extra
 from tdlrt_jax.paths import flatten_kernels
 from tdlrt_jax.ranks import Convention, Criterion, RankPolicy, Route
@@ -154,8 +154,9 @@ def tdlrt(
         # State that may be kept does not depend on the values that it starts from (see find_moments): factors stand for the K_i.
         state = inner.init(tree.replace([_start(kernel) for kernel in tree.kernels]))
         others = tree.paths_of_others if tree.kernels else None
-        find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True, others=others)
-        state = NetworkMoments(tree, moments).in_use(state)  # adagrad's start above zero
+        found = find_moments(state, list(zip(tree.paths, tree.kernels)), moments, check_values=True, others=others)
+        if start_above_zero(state, found):  # as adagrad's do
+            state = NetworkMoments(tree, moments).in_use(state)
         state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
         tau, budget = control.initial(tree, params)
         return TdlrtState(

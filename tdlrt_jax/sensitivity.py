@@ -24,7 +24,7 @@ from jax import Array
 
 from tdlrt_jax.tucker import TuckerTensor, active_rank, magnitude
 
-__all__ = ["Sensitivity", "average", "cost_per_rank", "measure", "start"]
+__all__ = ["Sensitivity", "average", "cost_per_rank", "known", "measure", "start"]
 
 # Adaptive steps over which sensitivities are averaged: a single batch's are the squares of a few random numbers.
 HORIZON = 20

@@ -41,7 +41,7 @@ REASONS = {
             f"conv.normalization.{n}"
             for n in ("normalize", "normalize_dense", "normalize_in_reverse", "normalize_pullback")
         ),
-        *(f"sensitivity.{n}" for n in ("average", "cost_per_rank", "measure", "start")),
+        *(f"sensitivity.{n}" for n in ("average", "cost_per_rank", "known", "measure", "start")),
         *("conv.onepass.apply_normalized", "conv.onepass.core_cotangent", "conv.rows.contract_rows"),
         *(f"conv.stages.{n}" for n in ("reduce", "convolve_merged", "correlate", "expand", "project", "transpose")),
         *(f"conv.stages.{n}" for n in ("merge", "merged_factors", "merged_shape")),
@@ -68,7 +68,7 @@ REASONS = {
             *(f"batching.{n}" for n in ("Batches", "few_and_large", "map_batched", "map_light")),
             *("orthonormal.cholesky_qr", "orthonormal.orthonormal_rows"),
         ),
-        *("moments.Moment", "moments.NetworkMoments", "moments.find_moments"),
+        *("moments.Moment", "moments.NetworkMoments", "moments.find_moments", "moments.start_above_zero"),
         *("transport.core_moment", "transport.embed_moment", "transport.transport"),
         *("transport.transport_moment", "transport.transport_squares", "transport.transport_turned"),
         *(
@@ -111,7 +111,7 @@ REASONS = {
     _CHECKER: (
         *(f"arguments.check_{n}" for n in ("array", "callable", "concrete", "dtype", "input", "integer", "integers")),
         *(f"arguments.check_{n}" for n in ("key", "mapping", "number", "path", "precision", "rngs", "shape")),
-        "arguments.check_transformation",
+        *("arguments.check_transformation", "network.check_extra"),
     ),
     _STORED: (
         *(f"checkpoint.damage.{n}" for n in ("damaged", "listed", "naming_leaves", "not_written")),
