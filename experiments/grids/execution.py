@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from experiments.grids.grid import GridError, Places, Run, publish
 from experiments.grids.pace import Pace, duration
 from experiments.run.interruption import Interruption
+from experiments.run.lock import lock
 
 __all__ = ["Ended", "execute"]
 
@@ -219,21 +220,19 @@ def _tail(log: Path) -> list[str]:
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[int | None]:
     """Holds the directory's lock. Runs inherit it, so it is held as long as one of them lives, even without the runner."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield None
-        return
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GridError(
-                f"another command, or a run that outlived its own, is at work in {directory}: wait for its end, "
-                f"or name another directory with --runs"
-            ) from None
-        yield file.fileno()
+    try:
+        file = lock(directory / ".lock")
+    except BlockingIOError:
+        raise GridError(
+            f"another command, or a run that outlived its own, is at work in {directory}: wait for its end, "
+            f"or name another directory with --runs"
+        ) from None
+    try:
+        yield file
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 def _bar(console: Console) -> Progress:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.config import LATER, LOCATIONS, TrainConfig, changed_by_epochs
+from experiments.run.lock import holder, lock
 from experiments.run.process import SETTINGS
 from experiments.schema import check_config, check_links, check_plain, check_result
 from experiments.sealed import DamagedFileError, read_sealed, write_sealed, write_text
@@ -116,9 +115,9 @@ class RunDirectory:
                 self._made = [self.path, *[path for path in self._made if path in self.path.parents]]
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / _LOCK)
+            self._lock = lock(self.path / _LOCK)
         except BlockingIOError:
-            who = _read_text(self.path / _LOCK)
+            who = holder(self.path / _LOCK)
             self._made = []
             raise RunDirectoryError(
                 f"{self.path}: another process is at work there{who and f' ({who})'}: wait for its end, or name another "
@@ -330,39 +329,6 @@ def _make_new(path: Path) -> Path:
         except FileExistsError:
             path = path.with_name(f"{path.name.removesuffix(f'_{number - 1}')}_{number}")
     raise AssertionError
-
-
-def _lock(path: Path) -> int | None:
-    """Locks a file, made if need be and read by those who find it so; ``None`` where there are no locks (Windows, some shares).
-
-    Raises:
-      BlockingIOError: if another process has it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
-                os.truncate(file, 0)
-                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return file
-            os.close(file)  # its holder has removed it in the meantime
-        except OSError as error:
-            os.close(file)
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                return None
-            raise
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")[:200]
-    except OSError:
-        return ""
 
 
 def default_path(config: TrainConfig) -> Path:
