@@ -1,9 +1,14 @@
 """Random kernels, a small problem to train on, and how to measure what comes out."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from tdlrt_jax import TuckerTensor, resize, to_dense
+from tdlrt_jax import TuckerTensor, resize, to_dense, value_and_grad
+from tdlrt_jax.step import find_states
 from tdlrt_jax.tucker import multi_mode_product
 
 
@@ -66,3 +71,33 @@ def regression(dtype=None, rank=(2, None, 3), capacity=(4, 3, 6), outputs=5, see
         return jnp.mean((hidden @ to_dense(params["second"]["kernel"]) - y) ** 2)
 
     return params, loss
+
+
+def kernels_of(params):
+    """The two kernels of the parameters that `regression` gives."""
+    return [params["first"]["kernel"], params["second"]["kernel"]]
+
+
+def train(params, loss, tx, steps, state=None):
+    """Steps of the optax face under lax.scan: parameters and state after them, and the loss and status of each."""
+    (params, state), (losses, status) = scanned(loss, tx, steps)(params, tx.init(params) if state is None else state)
+    return params, state, losses, status
+
+
+@functools.lru_cache(maxsize=2)
+def scanned(loss, tx, steps):
+    """Compiled once for a test that goes on where it was."""
+    gradient = value_and_grad(loss)
+
+    @jax.jit
+    def run(params, state):
+        def body(carry, _):
+            params, state = carry
+            value, grads = gradient(params)
+            extra = {"value": value, "value_and_grad_fn": gradient}
+            updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+            return (optax.apply_updates(params, updates), state), (value, find_states(state)[0].status)
+
+        return jax.lax.scan(body, (params, state), None, length=steps)
+
+    return run
