@@ -93,6 +93,19 @@ def test_prepared_set_is_read_without_tensorflow(tiny_tfds, tiny_images, tmp_pat
     assert loaded.source == "tfds mnist 3.0.1"
 
 
+def test_images_that_are_not_the_original_pixels_are_called_so(tiny_tfds, tmp_path):
+    directory = tmp_path / "tfds"
+    shutil.copytree(tiny_tfds, directory)
+    (features,) = directory.glob("mnist/*/features.json")
+    tree = json.loads(features.read_text())
+    tree["featuresDict"]["features"]["image"]["image"]["encodingFormat"] = "jpeg"
+    features.write_text(json.dumps(tree))
+    assert (
+        data.load("mnist", data_dir=directory, cache_dir=tmp_path).source
+        == "tfds mnist 3.0.1, images compressed as JPEG"
+    )
+
+
 def test_environment_names_the_directory(tiny_tfds, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
     assert len(data.load("mnist", cache_dir=tmp_path).train.labels) == 30
