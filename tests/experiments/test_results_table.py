@@ -103,7 +103,7 @@ def test_the_results_page_shows_what_the_norm_of_initial_kernels_changes():
 
 def test_the_results_page_shows_how_figure_2_was_chosen():
     found = sorted((RESULTS.parent / "figure2_choice").glob("*.json"))
-    assert len(found) == 12
+    assert len(found) == 14
     for path in found:
         result = json.loads(path.read_text())
         options, last = result["options"], result["epochs"][-1]
