@@ -8,7 +8,7 @@ third low-rank methods at that compression from normalized kernels (METHOD-norma
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _setting(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
                 title = f"{row.title} normalized" if name == row.name_normalized else row.title
                 compared[title, NETWORKS[row.network]] = (options_of(results[name][0]), planned)
     some = [group[0] for group in results.values()]
-    data = ", ".join(sorted({result.get("data") or result["options"]["dataset"] for result in some}))
+    data = _data({result.get("data") or result["options"]["dataset"] for result in some})
     sizes = sorted({(result["images"]["train"], result["images"]["test"]) for result in some})
     images = " or ".join(f"{train:,} training and {test:,} test images" for train, test in sizes)
     seeds = sorted({result["options"]["seed"] for group in results.values() for result in group})
@@ -123,6 +123,17 @@ def _setting(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> s
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     )
     return f"{data}: {images}; {spread}. {shrunk(compared)}"
+
+
+def _data(names: Collection[str]) -> str:
+    """Names of data sets; one of which newer results say more than older ones is named once."""
+    found = []
+    for name in sorted(names):
+        more = [other for other in names if other.startswith(f"{name}, ")]
+        if not more:
+            older = any(name.startswith(f"{other}, ") for other in names)
+            found.append(f"{name} (as newer results say)" if older else name)
+    return "; ".join(found)
 
 
 def _accuracies(

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import show, step_cost
+from experiments.figure2_robustness import curves, steps_to
+from experiments.grids import tables
 from experiments.methods import METHODS
 from experiments.results_table import markdown, rows
 from experiments.sealed import write_sealed
@@ -112,6 +114,21 @@ def test_the_results_page_shows_how_figure_2_was_chosen():
         cells = [METHODS[options["method"]].title, tau, f"{options['learning_rate']:g}", accuracies]
         line = f"| {' | '.join(cells)} | {100 * last['compression_conv']:.1f} |"
         assert line in RESULTS_PAGE.read_text(), line
+
+
+@pytest.mark.parametrize(
+    "method, title", [("tdlrt", "TDLRT"), ("tucker", "Tucker factors at once, orthonormal")], ids=["tdlrt", "tucker"]
+)
+def test_the_results_page_shows_figure_2_from_half_of_the_ranks(method, title):
+    found = sorted((RESULTS.parent / "figure2_half_rank").glob(f"{method}_seed*.json"))
+    results = [json.loads(path.read_text()) for path in found]
+    assert {result["options"]["seed"] for result in results} == set(range(5))
+    assert all(result["options"]["rank"] == 0.5 for result in results)
+    steps, reached = steps_to(curves(results), 95)
+    assert reached == 5
+    accuracy, compression = (tables.final(results, f) for f in ("test_accuracy", "compression_conv"))
+    line = f"| {title} | {steps.text(0)} | {accuracy.text()} | {compression.text(1)} |"
+    assert line in RESULTS_PAGE.read_text(), line
 
 
 def test_options_younger_than_a_result_make_no_other_row(tmp_path):

@@ -26,7 +26,10 @@ def record(epoch, seconds, *, compiling=0.0, accuracy=0.5, peak=30 * MIB, state=
     return {"epoch": epoch, **numbers, **costs}
 
 
-def put(directory, name, accuracy, *, seed=0, hardware="abacus", records=None, same=False, **options):
+TFDS = "tfds cifar10 3.0.2"
+
+
+def put(directory, name, accuracy, *, seed=0, hardware="abacus", records=None, same=False, data=TFDS, **options):
     """A result file of a row of Table 1, at the scale that ``options`` say."""
     row = ROWS[name.removesuffix("-same").removesuffix("-normalized")]
     stored = {**TrainConfig().to_json(), **PROTOCOL, **row.options, **(row.same or {} if same else {}), **options}
@@ -36,7 +39,7 @@ def put(directory, name, accuracy, *, seed=0, hardware="abacus", records=None, s
         "commit": "0123456789abcdef with changes",
         "versions": {"jax": "1.2"},
         "hardware": hardware,
-        "data": "tfds cifar10 3.0.2",
+        "data": data,
         "images": {"train": 1280, "test": 100},
         "epochs": records,
         "final": records[-1],
@@ -88,6 +91,17 @@ def test_what_was_shrunk_is_said_from_the_options(tmp_path):
         "rounds 2 instead of 4 (IMP)." in text
     )
     assert "1,280 training and 100 test images; seed 0." in text
+
+
+def test_a_data_set_of_which_newer_results_say_more_is_named_once(tmp_path):
+    put(tmp_path, "vgg16/dense", 0.8)
+    assert "\ntfds cifar10 3.0.2: 1,280" in table1.render(tmp_path)[0].read_text()
+    put(tmp_path, "vgg16/imp", 0.8, data="tfds cifar10 3.0.2, images compressed as JPEG")
+    text = table1.render(tmp_path)[0].read_text()
+    assert "\ntfds cifar10 3.0.2, images compressed as JPEG (as newer results say): 1,280" in text
+    put(tmp_path, "vgg16/cp", 0.8, data="digits")
+    text = table1.render(tmp_path)[0].read_text()
+    assert "\ndigits; tfds cifar10 3.0.2, images compressed as JPEG (as newer results say): 1,280" in text
 
 
 def test_the_table_at_one_compression(tmp_path):
