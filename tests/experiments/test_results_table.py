@@ -34,8 +34,9 @@ def test_the_results_page_shows_every_method_under_the_whole_schedule():
     assert markdown(found) in RESULTS_PAGE.read_text()
 
 
-def test_the_results_page_shows_the_committed_step_costs():
-    cost = json.loads((ROOT / "experiments" / "results" / "cifar10_vgg16_quarter_step_cost.json").read_text())
+@pytest.mark.parametrize("name", ["cifar10_vgg16_quarter", "schedule"])
+def test_the_results_page_shows_the_committed_step_costs(name):
+    cost = json.loads((ROOT / "experiments" / "results" / f"{name}_step_cost.json").read_text())
     assert step_cost.markdown(cost) in RESULTS_PAGE.read_text()
 
 
