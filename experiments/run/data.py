@@ -163,7 +163,7 @@ def _prepared(
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
     folder = _find_prepared(name, root)
     cache = (Path(cache_dir).expanduser() if cache_dir else cache_directory()) / f"{name}-{_fingerprint(folder)}.npz"
-    source = f"tfds {name} {folder.name}{_loss(folder)}"
+    source = f"tfds {name} {folder.name}{_compression(folder)}"
     parts = _read_cache(cache, name)
     if parts is None:
         parts = _decode(name, folder.name, root, "train"), _decode(name, folder.name, root, "test")
@@ -198,7 +198,7 @@ def _find_prepared(name: str, root: Path) -> Path:
     )
 
 
-def _loss(folder: Path) -> str:
+def _compression(folder: Path) -> str:
     """Of images that are not the original pixels: by what they were compressed, for whoever compares accuracies."""
     try:
         image = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]["image"]["image"]
